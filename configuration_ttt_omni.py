@@ -1,0 +1,359 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+"""TTT-Omni configuration."""
+
+import math
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig, PreTrainedConfig, WhisperConfig
+
+
+TTT_LAYER_TYPES = ("hybrid", "hybrid_sliding", "linear_attention")
+SLIDING_LAYER_TYPES = ("sliding_attention", "hybrid_sliding")
+LAYER_TYPES = ("full_attention", "sliding_attention", *TTT_LAYER_TYPES)
+DEFAULT_TTT_BASE_LR = {"linear": 1.0, "mlp": 0.1}
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_dividing_heads(config: LlamaConfig) -> None:
+    for field in ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers"):
+        _require(getattr(config, field) >= 1, f"`{field}` must be at least 1, got {getattr(config, field)}.")
+    _require(
+        config.hidden_size % config.num_attention_heads == 0,
+        f"`hidden_size` ({config.hidden_size}) must be a multiple of `num_attention_heads` "
+        f"({config.num_attention_heads}).",
+    )
+    _require(
+        config.num_attention_heads % config.num_key_value_heads == 0,
+        f"`num_attention_heads` ({config.num_attention_heads}) must be a multiple of `num_key_value_heads` "
+        f"({config.num_key_value_heads}).",
+    )
+    _require(config.head_dim % 2 == 0, f"`head_dim` ({config.head_dim}) must be even for rotary embeddings.")
+
+
+def _require_window(config: LlamaConfig) -> None:
+    """Check `sliding_window` and `attention_sinks` against the positions that the model was trained on."""
+    if config.sliding_window is None:
+        _require(
+            not set(SLIDING_LAYER_TYPES) & set(config.layer_types),
+            "`sliding_window` must be set when `layer_types` has sliding layers.",
+        )
+        return
+    _require(config.sliding_window >= 1, f"`sliding_window` must be at least 1, got {config.sliding_window}.")
+    _require(config.attention_sinks >= 0, f"`attention_sinks` must be at least 0, got {config.attention_sinks}.")
+    _require(
+        config.sliding_window + config.attention_sinks <= config.max_position_embeddings,
+        f"`sliding_window` ({config.sliding_window}) + `attention_sinks` ({config.attention_sinks}) must not exceed "
+        f"`max_position_embeddings` ({config.max_position_embeddings}).",
+    )
+
+
+@strict
+class TTTOmniTextConfig(LlamaConfig):
+    r"""
+    Configuration of the language model: a Llama whose layers may hold Test-Time Training (TTT).
+
+    Args:
+        layer_types (`list[str]`, *optional*):
+            One of `full_attention`, `sliding_attention`, `hybrid` (full attention + TTT), `hybrid_sliding` (windowed
+            attention + TTT) or `linear_attention` (TTT alone) per layer. By default the upper quarter is `hybrid`.
+        ttt_layer_type (`str` or `list[str]`, defaults to `"linear"`):
+            Inner model, `"linear"` (TTT-Linear) or `"mlp"` (TTT-MLP), for all layers or one per layer.
+        ttt_mini_batch_size (`int`, defaults to 64):
+            Tokens per inner mini-batch.
+        ttt_base_lr (`float` or `list[float]`, *optional*):
+            Inner base learning rate, for all layers or one per layer. Defaults to 1.0 (linear) and 0.1 (mlp).
+        ttt_qk_norm (`str`, defaults to `"rms"`):
+            Normalisation of q and k over the head dimension: `"rms"`, `"l2"` (ttt-video-dit) or `"none"` (ttt-lm).
+        ttt_standardize_target (`bool`, defaults to `True`):
+            Whether the inner target is LN(v - k) with the inner LayerNorm's parameters rather than v - k.
+        ttt_rope_theta (`float`, *optional*):
+            Base of TTT's rotary embedding over the position in the mini-batch; `None` turns it off.
+        ttt_gate_init (`float`, defaults to 0.0):
+            Initial value of the output gate of hybrid layers.
+        ttt_scan_checkpoint_group_size (`int`, defaults to 16):
+            In training, mini-batches per gradient checkpoint of the inner loop; 0 keeps every activation.
+        sliding_window (`int`, *optional*):
+            Tokens seen by windowed attention, the current one included, besides the sinks.
+        attention_sinks (`int`, defaults to 4):
+            First tokens of a sequence that windowed attention never evicts.
+    """
+
+    model_type = "ttt_omni_text"
+    base_config_key = "text_config"
+
+    max_position_embeddings: int = 131072
+    layer_types: list[str] | None = None
+    ttt_layer_type: str | list[str] = "linear"
+    ttt_mini_batch_size: int = 64
+    ttt_base_lr: float | int | list[float] | None = None
+    ttt_qk_norm: str = "rms"
+    ttt_standardize_target: bool = True
+    ttt_rope_theta: float | int | None = None
+    ttt_gate_init: float | int = 0.0
+    ttt_scan_checkpoint_group_size: int = 16
+    sliding_window: int | None = None
+    attention_sinks: int = 4
+
+    def __post_init__(self, **kwargs):
+        if self.layer_types is None:
+            ttt_layers = self.num_hidden_layers // 4
+            self.layer_types = ["full_attention"] * (self.num_hidden_layers - ttt_layers) + ["hybrid"] * ttt_layers
+        super().__post_init__(**kwargs)
+        # Also run by `@strict`, which would wrap the `ValueError` in an exception that is none.
+        self.validate_architecture()
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation. Raises `ValueError` naming the field that is wrong."""
+        _require_dividing_heads(self)
+        unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
+        _require(not unknown, f"`layer_types` has unknown entries {unknown}; choose from {list(LAYER_TYPES)}.")
+        _require(
+            len(self.layer_types) == self.num_hidden_layers,
+            f"`layer_types` has {len(self.layer_types)} entries for `num_hidden_layers` ({self.num_hidden_layers}).",
+        )
+        for field in ("ttt_layer_type", "ttt_base_lr"):
+            value = getattr(self, field)
+            _require(
+                not isinstance(value, list) or len(value) == self.num_hidden_layers,
+                f"`{field}` must have one entry per layer ({self.num_hidden_layers}), got {value}.",
+            )
+        for ttt_type in self.ttt_layer_type if isinstance(self.ttt_layer_type, list) else [self.ttt_layer_type]:
+            _require(
+                ttt_type in DEFAULT_TTT_BASE_LR,
+                f"`ttt_layer_type` must be one of {list(DEFAULT_TTT_BASE_LR)}, got {ttt_type!r}.",
+            )
+        _require(
+            self.ttt_mini_batch_size >= 1, f"`ttt_mini_batch_size` must be at least 1, got {self.ttt_mini_batch_size}."
+        )
+        _require(
+            self.ttt_scan_checkpoint_group_size >= 0,
+            f"`ttt_scan_checkpoint_group_size` must be at least 0, got {self.ttt_scan_checkpoint_group_size}.",
+        )
+        _require(
+            self.ttt_qk_norm in ("rms", "l2", "none"),
+            f"`ttt_qk_norm` must be 'rms', 'l2' or 'none', got {self.ttt_qk_norm!r}.",
+        )
+        _require(
+            self.ttt_rope_theta is None or self.ttt_rope_theta > 0,
+            f"`ttt_rope_theta` must be positive or None, got {self.ttt_rope_theta}.",
+        )
+        _require_window(self)
+
+    def get_ttt_layer_type(self, layer_idx: int) -> str:
+        """Inner model of layer `layer_idx`, `"linear"` or `"mlp"`."""
+        return self.ttt_layer_type[layer_idx] if isinstance(self.ttt_layer_type, list) else self.ttt_layer_type
+
+    def get_ttt_base_lr(self, layer_idx: int) -> float:
+        """Inner base learning rate of layer `layer_idx`."""
+        if isinstance(self.ttt_base_lr, list):
+            return self.ttt_base_lr[layer_idx]
+        if self.ttt_base_lr is None:
+            return DEFAULT_TTT_BASE_LR[self.get_ttt_layer_type(layer_idx)]
+        return self.ttt_base_lr
+
+
+@strict
+class TTTOmniSpeechDecoderConfig(LlamaConfig):
+    r"""
+    Configuration of the CTC speech decoder: causal Llama layers over upsampled hidden states of the language model.
+
+    Args:
+        input_size (`int`, defaults to 4096):
+            Width of the language model's hidden states.
+        upsample_factor (`int`, defaults to 25):
+            Frames per token.
+        unit_vocab_size (`int`, defaults to 1000):
+            Number of speech units; the blank's id is `unit_vocab_size`.
+        ctc_loss_weight (`float`, defaults to 1.0):
+            Weight of the CTC loss beside the LM loss.
+        sliding_window (`int`, *optional*):
+            Frames seen by a frame, itself included, besides the sinks; `None` is the original's full attention.
+        attention_sinks (`int`, defaults to 4):
+            First frames that a windowed decoder never evicts.
+    """
+
+    model_type = "ttt_omni_speech_decoder"
+    base_config_key = "speech_decoder_config"
+
+    num_hidden_layers: int = 2
+    max_position_embeddings: int = 131072
+    input_size: int = 4096
+    upsample_factor: int = 25
+    unit_vocab_size: int = 1000
+    ctc_loss_weight: float | int = 1.0
+    sliding_window: int | None = None
+    attention_sinks: int = 4
+    layer_types: list[str] | None = None
+
+    def __post_init__(self, **kwargs):
+        layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
+        self.layer_types = [layer_type] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+        self.validate_architecture()
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation. Raises `ValueError` naming the field that is wrong."""
+        _require_dividing_heads(self)
+        for field in ("input_size", "upsample_factor", "unit_vocab_size"):
+            _require(getattr(self, field) >= 1, f"`{field}` must be at least 1, got {getattr(self, field)}.")
+        _require_window(self)
+
+
+@strict
+class TTTOmniVocoderConfig(PreTrainedConfig):
+    r"""
+    Configuration of the unit HiFi-GAN with duration predictor, in the field names of `SeamlessM4THifiGan`.
+
+    Args:
+        unit_vocab_size (`int`, defaults to 1000):
+            Number of speech units.
+        unit_embed_dim (`int`, defaults to 128):
+            Width of a unit's embedding.
+        duration_predictor_hidden_dim (`int`, defaults to 128):
+            Width of the duration predictor.
+        variance_predictor_kernel_size (`int`, defaults to 3):
+            Kernel size of the duration predictor.
+        sampling_rate (`int`, defaults to 16000):
+            Samples per second of the waveform.
+    """
+
+    model_type = "ttt_omni_vocoder"
+    base_config_key = "vocoder_config"
+
+    unit_vocab_size: int = 1000
+    unit_embed_dim: int = 128
+    duration_predictor_hidden_dim: int = 128
+    variance_predictor_kernel_size: int = 3
+    var_pred_dropout: float | int = 0.5
+    upsample_initial_channel: int = 512
+    upsample_rates: list[int] | tuple[int, ...] = (5, 4, 4, 2, 2)
+    upsample_kernel_sizes: list[int] | tuple[int, ...] = (11, 8, 8, 4, 4)
+    resblock_kernel_sizes: list[int] | tuple[int, ...] = (3, 7, 11)
+    resblock_dilation_sizes: list | tuple = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
+    leaky_relu_slope: float = 0.1
+    sampling_rate: int = 16000
+    initializer_range: float = 0.02
+
+    # `SeamlessM4THifiGan` also concatenates embeddings of a language and a speaker, which this vocoder lacks.
+    lang_embed_dim = 0
+    spkr_embed_dim = 0
+
+    @property
+    def hop_length(self) -> int:
+        """Samples per frame."""
+        return math.prod(self.upsample_rates)
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.validate_architecture()
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation. Raises `ValueError` naming the field that is wrong."""
+        _require(
+            len(self.upsample_rates) == len(self.upsample_kernel_sizes),
+            f"`upsample_kernel_sizes` must have one entry per entry of `upsample_rates` ({len(self.upsample_rates)}), "
+            f"got {len(self.upsample_kernel_sizes)}.",
+        )
+        for rate, kernel_size in zip(self.upsample_rates, self.upsample_kernel_sizes):
+            _require(
+                kernel_size >= rate and (kernel_size - rate) % 2 == 0,
+                f"`upsample_kernel_sizes` ({kernel_size}) must exceed `upsample_rates` ({rate}) by an even number.",
+            )
+        _require(
+            len(self.resblock_kernel_sizes) == len(self.resblock_dilation_sizes),
+            "`resblock_dilation_sizes` must have one entry per entry of `resblock_kernel_sizes`.",
+        )
+        _require(
+            self.upsample_initial_channel % 2 ** len(self.upsample_rates) == 0,
+            f"`upsample_initial_channel` ({self.upsample_initial_channel}) must be a multiple of "
+            f"{2 ** len(self.upsample_rates)}, as it is halved once per entry of `upsample_rates`.",
+        )
+        _require(
+            self.variance_predictor_kernel_size == 3,
+            "`variance_predictor_kernel_size` must be 3: fairseq pads the second convolution for no other size.",
+        )
+
+
+@strict
+class TTTOmniConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`TTTOmniForCausalLM`].
+
+    A text-only model has no `audio_config`; one that does not speak has neither `speech_decoder_config` nor
+    `vocoder_config`.
+
+    Args:
+        text_config (`TTTOmniTextConfig` or `dict`, *optional*):
+            The language model's.
+        audio_config (`WhisperConfig` or `dict`, *optional*):
+            The Whisper encoder's.
+        speech_decoder_config (`TTTOmniSpeechDecoderConfig` or `dict`, *optional*):
+            The CTC speech decoder's.
+        vocoder_config (`TTTOmniVocoderConfig` or `dict`, *optional*):
+            The unit HiFi-GAN's.
+        audio_token_id (`int`, *optional*):
+            Id of the placeholder that stands for one audio embedding.
+        audio_downsample (`int`, defaults to 5):
+            Encoder frames concatenated into one audio embedding.
+        projector_hidden_size (`int`, defaults to 2048):
+            Width of the projector's hidden layer.
+    """
+
+    model_type = "ttt_omni"
+    sub_configs = {
+        "text_config": TTTOmniTextConfig,
+        "audio_config": WhisperConfig,
+        "speech_decoder_config": TTTOmniSpeechDecoderConfig,
+        "vocoder_config": TTTOmniVocoderConfig,
+    }
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    audio_config: dict | PreTrainedConfig | None = None
+    speech_decoder_config: dict | PreTrainedConfig | None = None
+    vocoder_config: dict | PreTrainedConfig | None = None
+    audio_token_id: int | None = None
+    audio_downsample: int = 5
+    projector_hidden_size: int = 2048
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.text_config is None:
+            self.text_config = TTTOmniTextConfig()
+        for name, config_class in self.sub_configs.items():
+            if isinstance(getattr(self, name), dict):
+                setattr(self, name, config_class(**getattr(self, name)))
+        super().__post_init__(**kwargs)
+        self.validate_architecture()
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation. Raises `ValueError` naming the field that is wrong."""
+        _require(self.audio_downsample >= 1, f"`audio_downsample` must be at least 1, got {self.audio_downsample}.")
+        audio, speech_decoder, vocoder = self.audio_config, self.speech_decoder_config, self.vocoder_config
+        if audio is not None:
+            _require(self.audio_token_id is not None, "`audio_token_id` must be set when there is an `audio_config`.")
+            _require(
+                audio.d_model % audio.encoder_attention_heads == 0,
+                f"`audio_config.d_model` ({audio.d_model}) must be a multiple of "
+                f"`audio_config.encoder_attention_heads` ({audio.encoder_attention_heads}).",
+            )
+        if speech_decoder is not None:
+            _require(
+                speech_decoder.input_size == self.text_config.hidden_size,
+                f"`speech_decoder_config.input_size` ({speech_decoder.input_size}) must equal "
+                f"`text_config.hidden_size` ({self.text_config.hidden_size}).",
+            )
+        if speech_decoder is not None and vocoder is not None:
+            _require(
+                speech_decoder.unit_vocab_size == vocoder.unit_vocab_size,
+                f"`speech_decoder_config.unit_vocab_size` ({speech_decoder.unit_vocab_size}) must equal "
+                f"`vocoder_config.unit_vocab_size` ({vocoder.unit_vocab_size}).",
+            )
+
+
+__all__ = ["TTTOmniConfig", "TTTOmniSpeechDecoderConfig", "TTTOmniTextConfig", "TTTOmniVocoderConfig"]

@@ -1,0 +1,405 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+"""
+The inner loop of Test-Time Training (TTT): TTT-Linear and TTT-MLP of arXiv 2407.04620, in plain PyTorch.
+
+Notation: B rows, H heads, T tokens, D head size, F inner width of TTT-MLP (4 D), m mini-batch size.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+
+LAYER_NORM_EPS = 1e-6  # as in ttt-lm-pytorch
+
+
+@dataclass
+class TTTState:
+    """
+    Memory of a TTT layer after any number of tokens: the inner model at the start of the current mini-batch, and the
+    rows of that mini-batch ("pending") from which the model at any later token follows.
+
+    Tensors are float32 (float64 if initialised so) whatever the dtype of the activations, rows not yet seen are 0.
+    """
+
+    position: torch.LongTensor  # [B], tokens of the current mini-batch seen so far, in [0, m)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows B."""
+        return self.position.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the state."""
+        return self.position.device
+
+    def map(self, function) -> "TTTState":
+        """The state with `function` applied to each of its tensors, all of which have B as first dimension."""
+        return replace(self, **{field.name: function(getattr(self, field.name)) for field in fields(self)})
+
+    def to(self, device: torch.device) -> "TTTState":
+        """The state on `device`."""
+        return self if self.device == torch.device(device) else self.map(lambda x: x.to(device, non_blocking=True))
+
+    def detach(self) -> "TTTState":
+        """The state cut off from the autograd graph, as for truncated backpropagation through time."""
+        return self.map(torch.Tensor.detach)
+
+    def clone(self) -> "TTTState":
+        """A copy that shares no memory with this state."""
+        return self.map(torch.Tensor.clone)
+
+    def index_select(self, indices: torch.LongTensor) -> "TTTState":
+        """The rows `indices` `[n]` of the batch, in that order."""
+        indices = indices.to(self.device)
+        return self.map(lambda x: x.index_select(0, indices))
+
+    def repeat_interleave(self, repeats: int) -> "TTTState":
+        """Each row `repeats` times in a row."""
+        return self.map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+
+@dataclass
+class TTTLinearState(TTTState):
+    """State of TTT-Linear, f(x) = x W1 + b1."""
+
+    W1: torch.Tensor  # [B, H, D, D]
+    b1: torch.Tensor  # [B, H, 1, D]
+    k: torch.Tensor  # [B, H, m, D], pending keys
+    u1: torch.Tensor  # [B, H, m, D], pending lr * dl/dz1
+
+    @classmethod
+    def initial(cls, W1: torch.Tensor, b1: torch.Tensor, batch_size: int) -> "TTTLinearState":
+        """The state before the first token, from the learned `W1` `[H, D, D]` and `b1` `[H, 1, D]`."""
+        W1, b1 = _expand(W1, batch_size), _expand(b1, batch_size)
+        no_rows = W1.new_zeros(*W1.shape[:2], 0, W1.shape[-1])
+        return cls(position=_zero_position(W1), W1=W1, b1=b1, k=no_rows, u1=no_rows)
+
+
+@dataclass
+class TTTMLPState(TTTState):
+    """State of TTT-MLP, f(x) = gelu(x W1 + b1) W2 + b2."""
+
+    W1: torch.Tensor  # [B, H, D, F]
+    b1: torch.Tensor  # [B, H, 1, F]
+    W2: torch.Tensor  # [B, H, F, D]
+    b2: torch.Tensor  # [B, H, 1, D]
+    k: torch.Tensor  # [B, H, m, D], pending keys
+    u1: torch.Tensor  # [B, H, m, F], pending lr * dl/dz1
+    x2: torch.Tensor  # [B, H, m, F], pending gelu(z1)
+    u2: torch.Tensor  # [B, H, m, D], pending lr * dl/dz2
+
+    @classmethod
+    def initial(
+        cls, W1: torch.Tensor, b1: torch.Tensor, W2: torch.Tensor, b2: torch.Tensor, batch_size: int
+    ) -> "TTTMLPState":
+        """The state before the first token, from `W1` `[H, D, F]`, `b1` `[H, 1, F]`, `W2` `[H, F, D]`, `b2` `[H, 1, D]`."""
+        W1, b1, W2, b2 = (_expand(x, batch_size) for x in (W1, b1, W2, b2))
+        no_rows_d, no_rows_f = (W1.new_zeros(*W1.shape[:2], 0, width) for width in W1.shape[-2:])
+        return cls(
+            position=_zero_position(W1),
+            W1=W1, b1=b1, W2=W2, b2=b2,
+            k=no_rows_d, u1=no_rows_f, x2=no_rows_f, u2=no_rows_d,
+        )  # fmt: skip
+
+
+def _expand(parameter: torch.Tensor, batch_size: int) -> torch.Tensor:
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return parameter.to(dtype).unsqueeze(0).expand(batch_size, *parameter.shape)
+
+
+def _zero_position(W1: torch.Tensor) -> torch.LongTensor:
+    return torch.zeros(W1.shape[0], dtype=torch.long, device=W1.device)
+
+
+def ttt_linear(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lr: torch.Tensor,
+    token_scale: torch.Tensor,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor,
+    state: TTTLinearState,
+    attention_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    checkpoint_group_size: int = 0,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, TTTLinearState]:
+    """
+    TTT-Linear over T more tokens (arXiv 2407.04620, dual form), equal to ttt-lm-pytorch wherever the calls are cut.
+
+    Args:
+        q, k, v: `[B, H, T, D]`, after normalisation and rotary embedding.
+        lr: `[B, H, T]`, inner learning rate of each token, base_lr / D included.
+        token_scale: `[m]`, scale by position in the mini-batch; its length is the mini-batch size.
+        ln_weight, ln_bias: `[H, D]`, the inner LayerNorm.
+        state: the state before these tokens, of B rows; it is not changed.
+        attention_mask: `[B, T]`, 0 for padding, which changes no state, takes no place in a mini-batch and outputs 0.
+        cu_seqlens: `[n + 1]`, bounds of n sequences packed in the one row of q, k, v; `state` then has n rows.
+        checkpoint_group_size: mini-batches per gradient checkpoint; 0 keeps all activations for the backward pass.
+        backend: `"torch"`, `"triton"` (the package `ttt_kernels`), or `"auto"`: Triton where it can run.
+
+    Returns:
+        The output q + LN(f(q)) `[B, H, T, D]` in the dtype of q, and the state after these tokens.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unknown backend.
+        RuntimeError: `backend="triton"` where it cannot run.
+    """
+    return _ttt(_linear_mini_batch, q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens,
+                checkpoint_group_size, backend)  # fmt: skip
+
+
+def ttt_mlp(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lr: torch.Tensor,
+    token_scale: torch.Tensor,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor,
+    state: TTTMLPState,
+    attention_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    checkpoint_group_size: int = 0,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, TTTMLPState]:
+    """TTT-MLP over T more tokens; arguments, results and errors are those of [`ttt_linear`]."""
+    return _ttt(_mlp_mini_batch, q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens,
+                checkpoint_group_size, backend)  # fmt: skip
+
+
+def _ttt(mini_batch, q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens,
+         checkpoint_group_size, backend):  # fmt: skip
+    _check_shapes(q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens)
+    if backend not in ("auto", "torch"):
+        raise ValueError(f"`backend` must be 'auto', 'torch' or 'triton', got {backend!r}.")
+    mini_batch_size = token_scale.shape[0]
+    state = _with_pending_rows(state, mini_batch_size)
+    scale = token_scale.to(state.W1.dtype)
+    norm = ln_weight.to(scale), ln_bias.to(scale)
+    if q.shape[2] == 0:
+        return q.clone(), state
+    if q.shape[2] == 1 and attention_mask is None and cu_seqlens is None:
+        return _decode(mini_batch, q, k, v, lr, scale, norm, state)
+    return _prefill(mini_batch, q, k, v, lr, scale, norm, state, attention_mask, cu_seqlens, checkpoint_group_size)
+
+
+def _check_shapes(q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens):
+    batch_size, num_heads, length, head_dim = q.shape
+    rows = batch_size if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    expected = {
+        "k": (k, q.shape),
+        "v": (v, q.shape),
+        "lr": (lr, (batch_size, num_heads, length)),
+        "token_scale": (token_scale, (token_scale.numel(),)),
+        "ln_weight": (ln_weight, (num_heads, head_dim)),
+        "ln_bias": (ln_bias, (num_heads, head_dim)),
+        "state.W1": (state.W1, (rows, num_heads, head_dim, state.W1.shape[-1])),
+    }
+    if attention_mask is not None:
+        expected["attention_mask"] = (attention_mask, (batch_size, length))
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise ValueError(f"`{name}` must have the shape {tuple(shape)}, got {tuple(tensor.shape)}.")
+    if cu_seqlens is not None and (batch_size != 1 or attention_mask is not None):
+        raise ValueError("`cu_seqlens` needs a batch of one row and no `attention_mask`.")
+
+
+def _with_pending_rows(state: TTTState, mini_batch_size: int) -> TTTState:
+    """`state` with room for m pending rows, which [`TTTLinearState.initial`] cannot know."""
+    if state.k.shape[2] == mini_batch_size:
+        return state
+    if state.k.shape[2] != 0:
+        raise ValueError(f"`token_scale` must have the length {state.k.shape[2]} of the state's mini-batch.")
+    pending = ("k", "u1", "x2", "u2")
+    rows = {
+        field.name: getattr(state, field.name).new_zeros(
+            *state.k.shape[:2], mini_batch_size, getattr(state, field.name).shape[-1]
+        )
+        for field in fields(state)
+        if field.name in pending
+    }
+    return replace(state, **rows)
+
+
+def _decode(mini_batch, q, k, v, lr, scale, norm, state):
+    """One token per row: as the first rows of a mini-batch, with one row instead of m."""
+    position = state.position
+    complete = position + 1 == scale.shape[0]
+    slot = position[:, None]  # [B, 1]
+    rows = tuple(x.to(scale.dtype) for x in (q, k, v, lr.unsqueeze(-1)))
+    o, state = mini_batch(*rows, slot, scale, norm, state, complete)
+    position = torch.where(complete, 0, position + 1)
+    return o.to(q.dtype), replace(state, position=position)
+
+
+def _prefill(mini_batch, q, k, v, lr, scale, norm, state, attention_mask, cu_seqlens, checkpoint_group_size):
+    """Any number of tokens: they are laid out on a grid of mini-batches, where each row starts at its position."""
+    batch_size, num_heads, length, head_dim = q.shape
+    mini_batch_size = scale.shape[0]
+    row, rank, lengths = _rows_and_ranks(q, attention_mask, cu_seqlens)  # [B * T], [B * T], [R]
+    slot = state.position[row] + rank  # [B * T]
+    end = state.position + lengths  # [R]
+    if torch.compiler.is_compiling():  # the number of mini-batches must not depend on data
+        num_mini_batches = (length + 2 * mini_batch_size - 2) // mini_batch_size
+    else:
+        num_mini_batches = max(-(-int(end.max()) // mini_batch_size), 1)
+    num_slots = num_mini_batches * mini_batch_size
+    valid = rank >= 0
+    index = torch.where(valid, row * num_slots + slot, state.batch_size * num_slots)  # padding goes into a last row
+
+    def to_grid(x):  # [B, H, T, d] -> N of [R, m, H, d]
+        x = x.transpose(1, 2).reshape(batch_size * length, num_heads, -1)
+        grid = x.new_zeros(state.batch_size * num_slots + 1, *x.shape[1:]).index_copy(0, index, x)
+        return grid[:-1].view(state.batch_size, num_mini_batches, mini_batch_size, *x.shape[1:]).unbind(1)
+
+    grids = [to_grid(x) for x in (q, k, v, lr.unsqueeze(-1))]
+    slots = torch.arange(mini_batch_size, device=q.device).expand(state.batch_size, -1)
+
+    def scan(first, last, state):
+        outputs = []
+        for n in range(first, last):
+            rows = (grid[n].transpose(1, 2).to(scale.dtype) for grid in grids)  # [R, H, m, d]
+            complete = (n + 1) * mini_batch_size <= end  # [R]
+            o, state = mini_batch(*rows, slots, scale, norm, state, complete)
+            outputs.append(o.to(q.dtype).transpose(1, 2))  # [R, m, H, D]
+        return torch.cat(outputs, dim=1), state
+
+    group_size = checkpoint_group_size if torch.is_grad_enabled() else 0
+    outputs = []
+    for first in range(0, num_mini_batches, group_size or num_mini_batches):
+        last = min(first + (group_size or num_mini_batches), num_mini_batches)
+        if group_size:
+            o, state = checkpoint(scan, first, last, state, use_reentrant=False)
+        else:
+            o, state = scan(first, last, state)
+        outputs.append(o)
+    o = torch.cat(outputs, dim=1).view(-1, num_heads, head_dim)  # [R * N * m, H, D]
+    o = o.index_select(0, torch.where(valid, index, 0)) * valid.to(o.dtype)[:, None, None]
+    o = o.view(batch_size, length, num_heads, head_dim).transpose(1, 2)
+    return o, replace(state, position=end % mini_batch_size)
+
+
+def _rows_and_ranks(q, attention_mask, cu_seqlens):
+    """For each of the B * T tokens its row of the state and its rank in it (negative for padding), and rows' lengths."""
+    batch_size, _, length, _ = q.shape
+    token = torch.arange(length, device=q.device)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(token)
+        row = torch.searchsorted(cu_seqlens, token, right=True) - 1
+        return row, token - cu_seqlens[row], cu_seqlens.diff()
+    row = torch.arange(batch_size, device=q.device).repeat_interleave(length)
+    if attention_mask is None:
+        return row, token.repeat(batch_size), torch.full((batch_size,), length, device=q.device)
+    mask = attention_mask.to(q.device, torch.bool)
+    rank = torch.where(mask, mask.long().cumsum(1) - 1, -1 - length)
+    return row, rank.view(-1), mask.sum(1)
+
+
+# A mini-batch of the inner loop. Its r new rows stand at the positions `slot` [B, r] of m: all m of them in a prefill,
+# one in a decode. Rows without a token have lr 0, so that they change nothing. `complete` [B] says which rows of the
+# batch have their mini-batch filled by it, and step on to the next.
+
+
+def _linear_mini_batch(q, k, v, lr, slot, scale, norm, state, complete):
+    ln_weight, ln_bias = (x.unsqueeze(1) for x in norm)  # [H, 1, D]
+    z1 = k @ state.W1 + state.b1  # [B, H, r, D]
+    u1 = lr * _layer_norm_l2_grad(z1, v - k, ln_weight, ln_bias)
+
+    k, u1 = state.k + _place(k, slot, scale), state.u1 + _place(u1, slot, scale)  # [B, H, m, D]
+    reach = _reach(slot, scale)  # [B, 1, r, m]
+    z1 = q @ state.W1 + state.b1 - ((q @ k.mT + 1) * reach) @ u1
+    o = q + _layer_norm(z1) * ln_weight + ln_bias
+
+    pending = {"k": k, "u1": u1}
+    if not _any(complete):
+        return o, replace(state, **pending)
+    step = _step(complete, scale)  # [B, 1, 1, 1]
+    W1 = state.W1 - step * (k.mT @ u1)
+    b1 = state.b1 - step * u1.sum(2, keepdim=True)
+    return o, replace(state, W1=W1, b1=b1, **_drop(pending, complete))
+
+
+def _mlp_mini_batch(q, k, v, lr, slot, scale, norm, state, complete):
+    ln_weight, ln_bias = (x.unsqueeze(1) for x in norm)  # [H, 1, D]
+    z1 = k @ state.W1 + state.b1  # [B, H, r, F]
+    x2 = _gelu(z1)
+    z2 = x2 @ state.W2 + state.b2  # [B, H, r, D]
+    grad2 = _layer_norm_l2_grad(z2, v - k, ln_weight, ln_bias)
+    u1 = lr * _gelu_grad(grad2 @ state.W2.mT, z1)
+    u2 = lr * grad2
+
+    k, u1 = state.k + _place(k, slot, scale), state.u1 + _place(u1, slot, scale)
+    # An empty row's x2 is gelu(b1) where it is placed, which its u2 of 0 makes harmless.
+    x2, u2 = state.x2 + _place(x2 * (lr != 0), slot, scale), state.u2 + _place(u2, slot, scale)
+    reach = _reach(slot, scale)
+    q2 = _gelu(q @ state.W1 + state.b1 - ((q @ k.mT + 1) * reach) @ u1)  # [B, H, r, F]
+    z2 = q2 @ state.W2 + state.b2 - ((q2 @ x2.mT + 1) * reach) @ u2
+    o = q + _layer_norm(z2) * ln_weight + ln_bias
+
+    pending = {"k": k, "u1": u1, "x2": x2, "u2": u2}
+    if not _any(complete):
+        return o, replace(state, **pending)
+    step = _step(complete, scale)
+    W1 = state.W1 - step * (k.mT @ u1)
+    b1 = state.b1 - step * u1.sum(2, keepdim=True)
+    W2 = state.W2 - step * (x2.mT @ u2)
+    b2 = state.b2 - step * u2.sum(2, keepdim=True)
+    return o, replace(state, W1=W1, b1=b1, W2=W2, b2=b2, **_drop(pending, complete))
+
+
+def _any(flags):
+    # A branch on data cannot be compiled; what it skips changes nothing where no flag is set.
+    return torch.compiler.is_compiling() or bool(flags.any())
+
+
+def _place(rows, slot, scale):
+    """`rows` [B, H, r, d] at their positions `slot` among m rows of 0."""
+    mini_batch_size = scale.shape[0]
+    if rows.shape[2] == mini_batch_size:
+        return rows
+    one_hot = (slot[..., None] == torch.arange(mini_batch_size, device=slot.device)).to(rows)  # [B, r, m]
+    return one_hot.mT.unsqueeze(1) @ rows
+
+
+def _reach(slot, scale):
+    """s_i for j <= i, else 0: [B, 1, r, m]."""
+    earlier = torch.arange(scale.shape[0], device=slot.device) <= slot[..., None]
+    return (scale[slot][..., None] * earlier).unsqueeze(1)
+
+
+def _step(complete, scale):
+    return (complete * scale[-1])[:, None, None, None]
+
+
+def _drop(pending, complete):
+    keep = ~complete[:, None, None, None]
+    return {name: rows * keep for name, rows in pending.items()}
+
+
+def _layer_norm(x):
+    return torch.native_layer_norm(x, (x.shape[-1],), None, None, LAYER_NORM_EPS)[0]
+
+
+def _layer_norm_l2_grad(z, target, weight, bias):
+    """d/dz of 1/2 || LN(z) - target ||^2."""
+    normalized, mean, rstd = torch.native_layer_norm(z, (z.shape[-1],), None, None, LAYER_NORM_EPS)
+    error = (normalized * weight + bias - target) * weight
+    return torch.ops.aten.native_layer_norm_backward(
+        error, z, (z.shape[-1],), mean, rstd, None, None, (True, False, False)
+    )[0]
+
+
+def _gelu(x):
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+def _gelu_grad(grad, x):
+    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+
+
+__all__ = ["TTTLinearState", "TTTMLPState", "ttt_linear", "ttt_mlp"]
