@@ -3,6 +3,7 @@
 
 import math
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PreTrainedConfig, WhisperConfig
 
@@ -49,6 +50,23 @@ def _require_window(config: LlamaConfig) -> None:
         f"`sliding_window` ({config.sliding_window}) + `attention_sinks` ({config.attention_sinks}) must not exceed "
         f"`max_position_embeddings` ({config.max_position_embeddings}).",
     )
+
+
+def audio_embedding_lengths(input_features_mask: torch.Tensor, audio_downsample: int) -> torch.LongTensor:
+    """
+    Number of audio embeddings of each window, the same for the processor's placeholders and the model.
+
+    Args:
+        input_features_mask: `[W, frames]`, 1 for mel frames that hold sound.
+        audio_downsample: encoder frames per embedding.
+
+    Returns:
+        `[W]`. All frames of a 30 s window give as many as the original, 300; part of one gives as many as it reaches.
+    """
+    mel_frames = input_features_mask.sum(-1).long()
+    encoder_frames = (mel_frames + 1) // 2
+    whole = (input_features_mask.shape[-1] + 1) // 2 // audio_downsample
+    return (-(-encoder_frames // audio_downsample)).clamp(max=whole)
 
 
 @strict

@@ -6,6 +6,7 @@ Notation: B rows, H heads, T tokens, D head size, F inner width of TTT-MLP (4 D)
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +23,8 @@ class TTTState:
 
     Tensors are float32 (float64 if initialised so) whatever the dtype of the activations, rows not yet seen are 0.
     """
+
+    pending_rows: ClassVar[tuple[str, ...]]
 
     position: torch.LongTensor  # [B], tokens of the current mini-batch seen so far, in [0, m)
 
@@ -51,19 +54,40 @@ class TTTState:
         """A copy that shares no memory with this state."""
         return self.map(torch.Tensor.clone)
 
-    def index_select(self, indices: torch.LongTensor) -> "TTTState":
-        """The rows `indices` `[n]` of the batch, in that order."""
+    def select(self, indices: torch.Tensor) -> "TTTState":
+        """The rows `indices` (`[n]` integers or `[B]` booleans) of the batch."""
         indices = indices.to(self.device)
-        return self.map(lambda x: x.index_select(0, indices))
+        return self.map(lambda x: x[indices])
 
     def repeat_interleave(self, repeats: int) -> "TTTState":
-        """Each row `repeats` times in a row."""
+        """Each row `repeats` times, one after the other."""
         return self.map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def rewind(self, length: int) -> "TTTState":
+        """
+        The state `length` tokens earlier.
+
+        Raises:
+            RuntimeError: if a row's current mini-batch is shorter, as the steps before it cannot be taken back.
+        """
+        if length == 0:
+            return self
+        if length > int(self.position.min()):
+            raise RuntimeError(
+                f"Cannot take back {length} tokens: only {int(self.position.min())} came after the last step of the "
+                "TTT state, which is final."
+            )
+        position = self.position - length
+        keep = torch.arange(self.k.shape[2], device=self.device) < position[:, None]  # [B, m]
+        rows = {name: getattr(self, name) * keep[:, None, :, None] for name in self.pending_rows}
+        return replace(self, position=position, **rows)
 
 
 @dataclass
 class TTTLinearState(TTTState):
     """State of TTT-Linear, f(x) = x W1 + b1."""
+
+    pending_rows = ("k", "u1")
 
     W1: torch.Tensor  # [B, H, D, D]
     b1: torch.Tensor  # [B, H, 1, D]
@@ -81,6 +105,8 @@ class TTTLinearState(TTTState):
 @dataclass
 class TTTMLPState(TTTState):
     """State of TTT-MLP, f(x) = gelu(x W1 + b1) W2 + b2."""
+
+    pending_rows = ("k", "u1", "x2", "u2")
 
     W1: torch.Tensor  # [B, H, D, F]
     b1: torch.Tensor  # [B, H, 1, F]
@@ -215,14 +241,8 @@ def _with_pending_rows(state: TTTState, mini_batch_size: int) -> TTTState:
         return state
     if state.k.shape[2] != 0:
         raise ValueError(f"`token_scale` must have the length {state.k.shape[2]} of the state's mini-batch.")
-    pending = ("k", "u1", "x2", "u2")
-    rows = {
-        field.name: getattr(state, field.name).new_zeros(
-            *state.k.shape[:2], mini_batch_size, getattr(state, field.name).shape[-1]
-        )
-        for field in fields(state)
-        if field.name in pending
-    }
+    rows = {name: getattr(state, name) for name in state.pending_rows}  # [B, H, 0, d]
+    rows = {name: x.new_zeros(*x.shape[:2], mini_batch_size, x.shape[3]) for name, x in rows.items()}
     return replace(state, **rows)
 
 

@@ -1,0 +1,177 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+"""Generation of text and speech."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import Cache, GenerationConfig, GenerationMixin
+from transformers.utils import ModelOutput
+
+from .configuration_ttt_omni import audio_embedding_lengths
+
+
+@dataclass
+class TTTOmniGenerateOutput(ModelOutput):
+    """
+    What `generate(return_audio=True)` returns.
+
+    Args:
+        sequences: `[B, prompt + new]`, as of any text model.
+        units: B tensors `[U]`, the speech units of each row's answer.
+        waveform: B float32 tensors `[samples]` at 16 kHz; `None` if the model has no vocoder.
+        past_key_values: the cache, for the next turn of the conversation.
+        sequences_scores, scores, logits, beam_indices, attentions, hidden_states: as in Transformers, where asked for.
+    """
+
+    sequences: torch.LongTensor | None = None
+    units: list[torch.LongTensor] | None = None
+    waveform: list[torch.FloatTensor] | None = None
+    past_key_values: Cache | None = None
+    sequences_scores: torch.FloatTensor | None = None
+    scores: tuple[torch.FloatTensor] | None = None
+    logits: tuple[torch.FloatTensor] | None = None
+    beam_indices: torch.LongTensor | None = None
+    attentions: tuple | None = None
+    hidden_states: tuple | None = None
+
+
+class TTTOmniGenerationMixin(GenerationMixin):
+    """Transformers' generation, from spoken prompts and with spoken answers."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        return_audio: bool = False,
+        **kwargs,
+    ):
+        """
+        Generate as any text model does, and with `return_audio=True` speak the answer.
+
+        Args:
+            inputs: `[B, T]`, or pass `input_ids`.
+            generation_config: as in Transformers, overridden by `kwargs`.
+            return_audio: whether to return a [`TTTOmniGenerateOutput`] with units and waveform.
+            kwargs: `input_features` and `input_features_mask` of the prompt's speech, and what Transformers takes.
+
+        Returns:
+            What Transformers returns, or a [`TTTOmniGenerateOutput`].
+
+        Raises:
+            ValueError: if speech is asked of a model that has no speech decoder.
+        """
+        if return_audio and self.config.speech_decoder_config is None:
+            raise ValueError("This model has no speech decoder (`speech_decoder_config` is None): it cannot speak.")
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if kwargs.get("input_features") is not None:
+            kwargs.update(self._embed_prompt(input_ids, **kwargs))
+            kwargs = {key: value for key, value in kwargs.items() if not key.startswith("input_features")}
+        if not return_audio:
+            return super().generate(input_ids, generation_config, **kwargs)
+
+        speech_states = []
+        kwargs["return_dict_in_generate"] = True
+        outputs = super().generate(input_ids, generation_config, speech_states=speech_states, **kwargs)
+        prompt_length = 0 if input_ids is None else input_ids.shape[1]
+        new_tokens = outputs.sequences[:, prompt_length:]
+        states = self._answer_states(outputs, speech_states)
+        lengths = _spoken_lengths(new_tokens, self._eos_token_ids(generation_config, kwargs))
+        units = [self.speak(row[:length]) for row, length in zip(states, lengths)]
+        waveform = [self.vocoder(row) for row in units] if self.config.vocoder_config is not None else None
+        fields = {name: value for name, value in outputs.items() if name in TTTOmniGenerateOutput.__annotations__}
+        return TTTOmniGenerateOutput(units=units, waveform=waveform, **fields)
+
+    def speak(self, hidden_states: torch.Tensor) -> torch.LongTensor:
+        """The units `[U]` that the speech decoder makes of one row's `hidden_states` `[T, hidden_size]`."""
+        if hidden_states.shape[0] == 0:
+            return torch.empty(0, dtype=torch.long, device=hidden_states.device)
+        frames = self.speech_decoder(hidden_states.unsqueeze(0))[0].argmax(-1)
+        return self.speech_decoder.collapse(frames)
+
+    def _embed_prompt(
+        self, input_ids, input_features, input_features_mask=None, past_key_values=None, attention_mask=None, **kwargs
+    ):
+        """Embeddings of the part of the prompt that the cache does not hold yet, and where that part starts."""
+        start = 0 if past_key_values is None else past_key_values.get_seq_length()
+        # As in Transformers: with a cache, a mask as long as `input_ids` says that these are the whole conversation.
+        is_whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
+        if start > 0 and is_whole:
+            is_new = self._is_new_window(input_ids == self.config.audio_token_id, start, input_features, input_features_mask)
+            input_ids, input_features = input_ids[:, start:], input_features[is_new]
+            input_features_mask = None if input_features_mask is None else input_features_mask[is_new]
+        if input_features.shape[0] == 0:
+            input_features = None
+        embeds = self.model.embed(input_ids.to(self.device), input_features, input_features_mask)
+        return {"prompt_embeds": embeds, "prompt_start": start}
+
+    def _is_new_window(self, is_audio, start, input_features, input_features_mask):
+        """Which windows `[W]` belong to placeholders from `start` on, of rows with placeholders `is_audio` `[B, T]`."""
+        if input_features_mask is None:
+            input_features_mask = torch.ones(input_features[:, 0].shape)
+        lengths = audio_embedding_lengths(input_features_mask, self.config.audio_downsample).tolist()
+        if sum(lengths) == int(is_audio[:, start:].sum()):
+            return torch.ones(len(lengths), dtype=torch.bool)
+        is_new, windows = [], iter(lengths)
+        for cached, total in zip(is_audio[:, :start].sum(1).tolist(), is_audio.sum(1).tolist()):
+            seen = 0
+            while seen < total and (length := next(windows, None)) is not None:
+                is_new.append(seen >= cached)
+                seen += length
+        if len(is_new) != len(lengths):
+            raise ValueError("The prompt's audio placeholders do not fit its `input_features`.")
+        return torch.tensor(is_new)
+
+    @staticmethod
+    def _answer_states(outputs, speech_states):
+        """The state that predicted each new token of each returned row, `[B, T, hidden_size]`."""
+        states = torch.stack(speech_states, dim=1)  # [rows while generating, steps, hidden_size]
+        beams = getattr(outputs, "beam_indices", None)
+        if beams is None:
+            return states
+        beams = beams[:, : states.shape[1]].to(states.device).clamp(min=0)
+        return states[beams, torch.arange(beams.shape[1], device=states.device)]
+
+    def _eos_token_ids(self, generation_config, kwargs) -> set[int]:
+        eos = kwargs.get("eos_token_id")
+        for config in (generation_config, self.generation_config):
+            eos = getattr(config, "eos_token_id", None) if eos is None else eos
+        return set() if eos is None else set(torch.as_tensor(eos).flatten().tolist())
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        past_key_values: Cache | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_start: int = 0,
+        speech_states: list[torch.Tensor] | None = None,
+        **kwargs,
+    ) -> dict:
+        model_inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        if prompt_embeds is None or model_inputs.get("input_ids") is None:
+            return model_inputs
+        input_ids = model_inputs["input_ids"]
+        start = 0 if past_key_values is None else past_key_values.get_seq_length() - prompt_start
+        embeds = prompt_embeds[:, start : start + input_ids.shape[1]]
+        if embeds.shape[1] > 0:
+            new_embeds = self.get_input_embeddings()(input_ids[:, embeds.shape[1] :])
+            model_inputs["inputs_embeds"] = torch.cat([embeds, new_embeds], dim=1)
+            model_inputs["input_ids"] = None
+        return model_inputs
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
+        if model_kwargs.get("speech_states") is not None:
+            model_kwargs["speech_states"].append(outputs.last_hidden_state[:, -1])
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+
+
+def _spoken_lengths(new_tokens: torch.LongTensor, eos_token_ids: set[int]) -> list[int]:
+    """
+    How many of each row's tokens are spoken: up to its end-of-sequence token, whose state is that of the last word
+    (and is spoken by the original, too), but none where that token is the first.
+    """
+    lengths = []
+    for row in new_tokens.tolist():
+        end = next((i for i, token in enumerate(row) if token in eos_token_ids), len(row) - 1)
+        lengths.append(0 if row and end == 0 and row[0] in eos_token_ids else end + 1)
+    return lengths

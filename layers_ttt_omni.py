@@ -1,0 +1,367 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+"""The decoder layer of TTT-Omni: Llama's, with windowed attention and Test-Time Training."""
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+from transformers.modeling_rope_utils import dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+from .cache_ttt_omni import SEQUENCE_SHIFT, SlidingWindowLayer
+from .configuration_ttt_omni import SLIDING_LAYER_TYPES, TTT_LAYER_TYPES, TTTOmniTextConfig
+from .ops_ttt_omni import TTTLinearState, TTTMLPState, TTTState, ttt_linear, ttt_mlp
+
+
+class TTTOmniRotaryEmbedding(LlamaRotaryEmbedding):
+    """Llama's rotary embedding with angles in float64: in float32, position 10,000,000 is off by half a radian."""
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        device = "cpu" if x.device.type == "mps" else x.device  # which has no float64
+        freqs = position_ids[..., None].to(device, torch.float64) * self.inv_freq.to(device, torch.float64)
+        emb = torch.cat((freqs, freqs), dim=-1)
+        cos = emb.cos() * self.attention_scaling
+        sin = emb.sin() * self.attention_scaling
+        return cos.to(x.device, x.dtype), sin.to(x.device, x.dtype)
+
+
+def _index(places: torch.LongTensor) -> torch.LongTensor:
+    """Index of tokens in their sequence."""
+    return places & ((1 << SEQUENCE_SHIFT) - 1)
+
+
+class TTTOmniSlidingRotaryEmbedding(TTTOmniRotaryEmbedding):
+    """Rotations for windowed attention: of each token, and of each token as it sees the sinks."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.max_distance = config.sliding_window + config.attention_sinks - 1
+
+    def forward(self, x: torch.Tensor, places: torch.LongTensor) -> tuple[torch.Tensor, ...]:
+        index = _index(places.clamp(min=0))
+        return *super().forward(x, index), *super().forward(x, index.clamp(max=self.max_distance))
+
+
+class TTTOmniSlidingAttention(LlamaAttention):
+    """
+    Attention over the last `sliding_window` tokens and the first `attention_sinks` tokens of the sequence.
+
+    The sinks are seen from no farther than the window's end, so that no distance exceeds what the model was trained
+    on (as in StreamingLLM, arXiv 2309.17453).
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        places: torch.LongTensor,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        window = self.config.sliding_window
+        if past_key_values is None:
+            layer = SlidingWindowLayer(window, self.config.attention_sinks)
+        else:
+            layer = past_key_values.layers[self.layer_idx]
+            layer.prefetch()
+        # In blocks, so that the scores of T tokens take T * window memory; the cache makes that the same attention.
+        outputs, weights = [], []
+        for start in range(0, hidden_states.shape[1], window):
+            block = slice(start, start + window)
+            output, weight = self._attend(
+                hidden_states[:, block],
+                [x[:, block] for x in position_embeddings],
+                places[:, block],
+                layer,
+                **kwargs,
+            )
+            outputs.append(output)
+            weights.append(weight)
+        return torch.cat(outputs, dim=1), weights[0] if len(weights) == 1 else None
+
+    def _attend(self, hidden_states, position_embeddings, places, layer, **kwargs):
+        cos, sin, sink_cos, sink_sin = position_embeddings
+        hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            projection(hidden_states).view(hidden_shape).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )  # [B, H, T, D]
+        query_to_sinks, _ = apply_rotary_pos_emb(query, query, sink_cos, sink_sin)
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        keys, values, key_places = layer.update_window(key, value, places)  # [B, H, L + T, D], [B, L + T]
+
+        # One attention over both rotations: a key takes the first half of the width, a sink the second one.
+        is_sink = (key_places >= 0) & (_index(key_places) < self.config.attention_sinks)  # [B, L + T]
+        query = torch.cat([query, query_to_sinks], dim=-1)
+        keys = torch.cat([keys * ~is_sink[:, None, :, None], keys * is_sink[:, None, :, None]], dim=-1)
+
+        key_places, query_places = key_places[:, None, :], places[:, :, None]
+        in_window = query_places - key_places < self.config.sliding_window
+        in_sequence = (key_places >= query_places - _index(query_places)) & (key_places <= query_places)
+        visible = in_sequence & (in_window | is_sink[:, None, :])
+        visible = (visible | (query_places < 0))[:, None]  # padding sees something, or its softmax would be NaN
+
+        implementation = "eager" if self.config._attn_implementation == "eager" else "sdpa"
+        if implementation == "eager":
+            visible = torch.where(visible, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, weights = attention(
+            self,
+            query,
+            keys,
+            values,
+            visible,
+            dropout=0.0 if not self.training else self.attention_dropout,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class TTTLinearModel(nn.Module):
+    """Learned initial weights of TTT-Linear's inner model."""
+
+    def __init__(self, num_heads: int, head_dim: int):
+        super().__init__()
+        self.W1 = nn.Parameter(torch.empty(num_heads, head_dim, head_dim))
+        self.b1 = nn.Parameter(torch.empty(num_heads, 1, head_dim))
+
+    def forward(self, batch_size: int) -> TTTLinearState:
+        return TTTLinearState.initial(self.W1, self.b1, batch_size)
+
+
+class TTTMLPModel(nn.Module):
+    """Learned initial weights of TTT-MLP's inner model."""
+
+    def __init__(self, num_heads: int, head_dim: int):
+        super().__init__()
+        self.W1 = nn.Parameter(torch.empty(num_heads, head_dim, 4 * head_dim))
+        self.b1 = nn.Parameter(torch.empty(num_heads, 1, 4 * head_dim))
+        self.W2 = nn.Parameter(torch.empty(num_heads, 4 * head_dim, head_dim))
+        self.b2 = nn.Parameter(torch.empty(num_heads, 1, head_dim))
+
+    def forward(self, batch_size: int) -> TTTMLPState:
+        return TTTMLPState.initial(self.W1, self.b1, self.W2, self.b2, batch_size)
+
+
+class TTTInnerNorm(nn.Module):
+    """Weight and bias of the inner LayerNorm, one per head."""
+
+    def __init__(self, num_heads: int, head_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_heads, head_dim))
+        self.bias = nn.Parameter(torch.zeros(num_heads, head_dim))
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.weight, self.bias
+
+
+class TTTTokenScale(nn.Module):
+    """Scale of the inner step by position i in the mini-batch, max(0, 1 / (i + 1) + weight_i)."""
+
+    def __init__(self, mini_batch_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(mini_batch_size))
+
+    @staticmethod
+    def initial_weight(mini_batch_size: int) -> torch.Tensor:
+        """The weight `[m]` with which the scale is max(1 / (i + 1), 1 / sqrt(m)): a graft's starting point."""
+        mean = 1 / torch.arange(1, mini_batch_size + 1)
+        return mean.clamp(min=mini_batch_size**-0.5) - mean
+
+    def forward(self) -> torch.Tensor:
+        mean = 1 / torch.arange(1, self.weight.shape[0] + 1, device=self.weight.device, dtype=self.weight.dtype)
+        return (mean + self.weight).clamp(min=0)
+
+
+class TTTOutputGate(nn.Module):
+    """tanh(weight) * x, over the width."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.weight).to(hidden_states.dtype) * hidden_states
+
+
+class TTTOmniTTT(nn.Module):
+    """
+    A Test-Time Training layer (arXiv 2407.04620): sequence mixing whose memory is a small model, trained on the
+    sequence as it goes by.
+    """
+
+    def __init__(self, config: TTTOmniTextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.head_dim
+        self.base_lr = config.get_ttt_base_lr(layer_idx)
+        width = self.num_heads * self.head_dim
+
+        # Calibration centres q and k by their biases, see the design.
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=True)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=True)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.lr_gate = nn.Linear(config.hidden_size, self.num_heads, bias=True)
+        self.token_scale = TTTTokenScale(config.ttt_mini_batch_size)
+        self.inner_norm = TTTInnerNorm(self.num_heads, self.head_dim)
+        if config.get_ttt_layer_type(layer_idx) == "linear":
+            self.inner_model, self.op = TTTLinearModel(self.num_heads, self.head_dim), ttt_linear
+        else:
+            self.inner_model, self.op = TTTMLPModel(self.num_heads, self.head_dim), ttt_mlp
+        self.post_norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        cache_layer: CacheLayerMixin | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: `[B, T, hidden_size]`.
+            token_mask: `[B, T]`, 0 for padding.
+            cu_seqlens: `[n + 1]`, bounds of n packed sequences in the B * T tokens.
+            cache_layer: holds the state before these tokens, if there were any, and receives the one after them.
+
+        Returns:
+            `[B, T, hidden_size]`.
+        """
+        input_shape = hidden_states.shape
+        if cu_seqlens is not None:
+            hidden_states = hidden_states.reshape(1, -1, input_shape[-1])
+        state = None if cache_layer is None else cache_layer.ttt_state
+        if state is None:
+            rows = hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            state = self.inner_model(rows)
+        state = state.to(hidden_states.device)
+
+        q, k, v = self._project(hidden_states, state, token_mask, cu_seqlens)
+        lr = self.base_lr / self.head_dim * torch.sigmoid(self.lr_gate(hidden_states).to(state.W1.dtype))
+        o, new_state = self.op(
+            q,
+            k,
+            v,
+            lr.transpose(1, 2),  # [B, H, T]
+            self.token_scale(),
+            *self.inner_norm(),
+            state,
+            attention_mask=token_mask,
+            cu_seqlens=cu_seqlens,
+            checkpoint_group_size=self.config.ttt_scan_checkpoint_group_size,
+        )
+        if cache_layer is not None:
+            cache_layer.update_ttt_state(new_state, input_shape[1])
+        o = o.transpose(1, 2).reshape(*input_shape[:-1], -1)  # [B, T, H * D]
+        return self.o_proj(self.post_norm(o))
+
+    def _project(self, hidden_states, state, token_mask, cu_seqlens):
+        """q, k and v of the inner loop, `[B, H, T, D]`."""
+        hidden_shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
+        q, k, v = (
+            projection(hidden_states).view(hidden_shape).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.config.ttt_qk_norm != "none":
+            norm = self.head_dim**0.5 if self.config.ttt_qk_norm == "rms" else 1.0
+            q, k = (norm * nn.functional.normalize(x, dim=-1, eps=1e-6) for x in (q, k))
+        if self.config.ttt_rope_theta is not None:
+            q, k = self._rotate(q, k, state, token_mask, cu_seqlens)
+        if self.config.ttt_standardize_target:
+            weight, bias = (x.unsqueeze(1).to(v.dtype) for x in self.inner_norm())
+            v = nn.functional.layer_norm(v - k, (self.head_dim,), eps=1e-6) * weight + bias + k
+        return q, k, v
+
+    def _rotate(self, q, k, state, token_mask, cu_seqlens):
+        """Rotary embedding by the position in the mini-batch, over pairs of neighbours as in ttt-lm-pytorch."""
+        index = torch.arange(q.shape[2], device=q.device)
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.to(index)
+            index = index - cu_seqlens[torch.searchsorted(cu_seqlens, index, right=True) - 1]
+            index = index[None]
+        else:
+            index = index[None] if token_mask is None else token_mask.cumsum(1) - 1
+            index = index + state.position[:, None]
+        position = index.clamp(min=0) % self.config.ttt_mini_batch_size  # [B, T]
+        exponents = torch.arange(0, self.head_dim, 2, device=q.device, dtype=torch.float32) / self.head_dim
+        angles = position[:, None, :, None] * self.config.ttt_rope_theta**-exponents  # [B, 1, T, D / 2]
+        cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
+
+        def rotate(x):
+            even, odd = x[..., 0::2], x[..., 1::2]
+            return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+
+        return rotate(q), rotate(k)
+
+
+class TTTOmniDecoderLayer(LlamaDecoderLayer):
+    """Llama's layer with what `config.layer_types` says of it: attention, full or windowed, TTT, or both."""
+
+    def __init__(self, config: TTTOmniTextConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        layer_type = config.layer_types[layer_idx]
+        if layer_type == "linear_attention":
+            del self.self_attn
+        elif layer_type in SLIDING_LAYER_TYPES:
+            self.self_attn = TTTOmniSlidingAttention(config, layer_idx)
+        if layer_type in TTT_LAYER_TYPES:
+            self.ttt = TTTOmniTTT(config, layer_idx)
+            if layer_type != "linear_attention":
+                self.ttt_gate = TTTOutputGate(config.hidden_size)
+        self.layer_idx = layer_idx
+        self.layer_type = layer_type
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        places: torch.LongTensor | None = None,
+        sliding_position_embeddings: tuple[torch.Tensor, ...] | None = None,
+        token_mask: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        mixed = []
+        if self.layer_type in SLIDING_LAYER_TYPES:
+            mixed.append(
+                self.self_attn(hidden_states, sliding_position_embeddings, places, past_key_values, **kwargs)[0]
+            )
+        elif self.layer_type != "linear_attention":
+            attended, _ = self.self_attn(
+                hidden_states=hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            mixed.append(attended)
+        if self.layer_type in TTT_LAYER_TYPES:
+            cache_layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+            remembered = self.ttt(hidden_states, token_mask, cu_seqlens, cache_layer)
+            mixed.append(remembered if self.layer_type == "linear_attention" else self.ttt_gate(remembered))
+        hidden_states = residual + sum(mixed)
+
+        residual = hidden_states
+        hidden_states = self.post_attention_layernorm(hidden_states)
+        return residual + self.mlp(hidden_states)

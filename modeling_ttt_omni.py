@@ -1,0 +1,567 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+"""TTT-Omni: LLaMA-Omni whose language model remembers through Test-Time Training."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache_ttt_omni import SEQUENCE_SHIFT, add_ttt_layers
+from .configuration_ttt_omni import (
+    SLIDING_LAYER_TYPES,
+    TTTOmniConfig,
+    TTTOmniSpeechDecoderConfig,
+    TTTOmniTextConfig,
+    audio_embedding_lengths,
+)
+from .generation_ttt_omni import TTTOmniGenerationMixin
+from .layers_ttt_omni import (
+    TTTInnerNorm,
+    TTTLinearModel,
+    TTTMLPModel,
+    TTTOmniDecoderLayer,
+    TTTOmniRotaryEmbedding,
+    TTTOmniSlidingRotaryEmbedding,
+    TTTOutputGate,
+    TTTTokenScale,
+)
+from .vocoder_ttt_omni import TTTOmniVocoder
+
+
+# Windows of 30 s that the encoder takes at once outside of training.
+AUDIO_WINDOWS_PER_PASS = 8
+
+
+class TTTOmniPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation of all parts of TTT-Omni."""
+
+    config: TTTOmniConfig
+    base_model_prefix = "model"
+    input_modalities = ("audio", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TTTOmniDecoderLayer", "WhisperEncoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["inner_model", "inner_norm", "token_scale", "ttt_gate", "vocoder"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _is_stateful = True  # a step of the TTT state is final, so assisted generation cannot roll it back
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, (TTTLinearModel, TTTMLPModel)):
+            for name, parameter in module.named_parameters(recurse=False):
+                if name.startswith("W"):
+                    init.normal_(parameter, mean=0.0, std=0.02)  # as ttt-lm-pytorch
+                else:
+                    init.zeros_(parameter)
+        elif isinstance(module, TTTInnerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, TTTTokenScale):
+            init.copy_(module.weight, module.initial_weight(module.weight.shape[0]))
+        elif isinstance(module, TTTOutputGate):
+            init.constant_(module.weight, getattr(self.config.get_text_config(), "ttt_gate_init", 0.0))
+
+
+class TTTOmniDecoderStack(TTTOmniPreTrainedModel):
+    """The layers that the language model and the speech decoder have in common."""
+
+    _can_record_outputs = {"hidden_states": TTTOmniDecoderLayer, "attentions": LlamaAttention}
+
+    def __init__(self, config: TTTOmniTextConfig | TTTOmniSpeechDecoderConfig):
+        super().__init__(config)
+        self.layers = nn.ModuleList(
+            [TTTOmniDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.rotary_emb = TTTOmniRotaryEmbedding(config)
+        self.has_sliding_layers = bool(set(SLIDING_LAYER_TYPES) & set(config.layer_types))
+        if self.has_sliding_layers:
+            self.sliding_rotary_emb = TTTOmniSlidingRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+
+    def run_layers(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        past_key_values: Cache | None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: `[B, T, hidden_size]`.
+            attention_mask: `[B, past + T]`, 0 for padding, or a prepared 4D mask for full attention.
+            position_ids: `[B, T]`; where they restart without a mask and a cache, several sequences are packed.
+            past_key_values: cache of the tokens before.
+            cu_seq_lens_q: `[n + 1]`, bounds of n sequences packed in one row, as Transformers' collators give them.
+
+        Returns:
+            `[B, T, hidden_size]`.
+        """
+        batch_size, length = hidden_states.shape[:2]
+        past_length = 0
+        if past_key_values is not None:
+            add_ttt_layers(past_key_values, self.config)
+            past_length = past_key_values.get_seq_length()
+
+        token_mask = None
+        index = torch.arange(length, device=hidden_states.device) + past_length
+        places = index.expand(batch_size, -1)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            attention_mask = attention_mask.to(hidden_states.device)
+            seen = attention_mask.long().cumsum(1)[:, -length:]
+            token_mask = attention_mask[:, -length:].bool()
+            places = torch.where(token_mask, seen - 1, -1)
+            if length == 1 and not torch.compiler.is_compiling() and bool(token_mask.all()):
+                token_mask = None
+        sequences = None
+        if position_ids is None:
+            position_ids = places.clamp(min=0)
+        elif attention_mask is None and past_key_values is None:
+            sequences = find_packed_sequence_indices(position_ids.expand(batch_size, -1))
+            if sequences is not None:
+                places = position_ids + (sequences << SEQUENCE_SHIFT)
+        cu_seqlens = cu_seq_lens_q
+        if cu_seqlens is None and sequences is not None:
+            cu_seqlens = _sequence_bounds(sequences)
+        if cu_seq_lens_q is not None:
+            kwargs["cu_seq_lens_q"] = cu_seq_lens_q
+
+        causal_mask = None
+        if {"full_attention", "hybrid"} & set(self.config.layer_types):
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        sliding_position_embeddings = None
+        if self.has_sliding_layers:
+            sliding_position_embeddings = self.sliding_rotary_emb(hidden_states, places)
+
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                places=places,
+                sliding_position_embeddings=sliding_position_embeddings,
+                token_mask=token_mask,
+                cu_seqlens=cu_seqlens,
+                **kwargs,
+            )
+        return hidden_states
+
+
+def _sequence_bounds(sequences: torch.LongTensor) -> torch.LongTensor:
+    """`cu_seqlens` of the flattened rows from the index `[B, T]` of each token's sequence in its row."""
+    starts = torch.ones_like(sequences, dtype=torch.bool)
+    starts[:, 1:] = sequences[:, 1:] != sequences[:, :-1]
+    starts = starts.flatten().nonzero().flatten()
+    return torch.cat([starts, starts.new_tensor([sequences.numel()])])
+
+
+class TTTOmniTextModel(TTTOmniDecoderStack):
+    """The language model: Llama with TTT in chosen layers, without a head."""
+
+    config: TTTOmniTextConfig
+    input_modalities = ("text",)
+
+    def __init__(self, config: TTTOmniTextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """As [`LlamaModel`]; see `run_layers` for masks and packed sequences."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        hidden_states = self.run_layers(
+            inputs_embeds, attention_mask, position_ids, past_key_values, use_cache=use_cache, **kwargs
+        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class TTTOmniSpeechDecoder(TTTOmniDecoderStack):
+    """Causal layers from the language model's hidden states, upsampled, to CTC logits of speech units."""
+
+    config: TTTOmniSpeechDecoderConfig
+    base_model_prefix = "speech_decoder"
+
+    def __init__(self, config: TTTOmniSpeechDecoderConfig):
+        super().__init__(config)
+        self.input_proj = nn.Linear(config.input_size, config.hidden_size)
+        self.output_proj = nn.Linear(config.hidden_size, config.unit_vocab_size + 1)
+        self.post_init()
+
+    @property
+    def blank_id(self) -> int:
+        """Id of CTC's blank."""
+        return self.config.unit_vocab_size
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        lengths: torch.LongTensor | None = None,
+        num_frames: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: `[B, T, input_size]`, of the language model after its final norm, one per token.
+            lengths: `[B]`, tokens of each right-padded row; `T` by default.
+            num_frames: `[B]`, frames to stretch each row to; `upsample_factor` per token by default.
+            past_key_values: cache of the frames before these tokens.
+
+        Returns:
+            Logits `[B, max(num_frames), unit_vocab_size + 1]` in float32; those of padding are meaningless.
+        """
+        hidden_states = self.input_proj(hidden_states.to(self.input_proj.weight.dtype))
+        frame_mask = None
+        if lengths is None and num_frames is None:
+            hidden_states = hidden_states.repeat_interleave(self.config.upsample_factor, dim=1)
+        else:
+            if num_frames is None:
+                num_frames = lengths * self.config.upsample_factor
+            frames = torch.arange(int(num_frames.max()), device=hidden_states.device)
+            frame_mask = frames < num_frames[:, None]  # [B, F]
+            # in floating point, as the original rounds
+            source = (frames / (num_frames / lengths.clamp(min=1))[:, None].clamp(min=1e-6)).long()
+            source = torch.where(frame_mask, source, 0)[..., None].expand(-1, -1, hidden_states.shape[2])
+            hidden_states = hidden_states.gather(1, source)
+        hidden_states = self.run_layers(hidden_states, frame_mask, None, past_key_values)
+        return self.output_proj(hidden_states).float()
+
+    def collapse(self, frames: torch.LongTensor) -> torch.LongTensor:
+        """The units `[U]` that the frames `[F]` of one row say: repeats merged, blanks dropped."""
+        units = torch.unique_consecutive(frames)
+        return units[units != self.blank_id]
+
+    def ctc_loss(
+        self, hidden_states: torch.Tensor, labels: torch.LongTensor, unit_labels: torch.LongTensor
+    ) -> torch.Tensor:
+        """
+        CTC loss per unit, of the hidden states at the positions of the response, unshifted as in the original.
+
+        Args:
+            hidden_states: `[B, T, input_size]`.
+            labels: `[B, T]`, -100 outside of the response.
+            unit_labels: `[B, U]`, padded with -100.
+
+        Returns:
+            A float32 scalar, 0 where there is nothing to say.
+        """
+        responses = [states[label != -100] for states, label in zip(hidden_states, labels)]
+        lengths = torch.tensor([len(response) for response in responses], device=hidden_states.device)
+        unit_mask = unit_labels != -100
+        num_units = unit_mask.sum(1).to(lengths.device)
+        num_units = torch.where(lengths > 0, num_units, 0)
+        if int(num_units.sum()) == 0:
+            return 0.0 * hidden_states.float().sum()
+        num_frames = torch.maximum(lengths * self.config.upsample_factor, num_units)
+        logits = self(nn.utils.rnn.pad_sequence(responses, batch_first=True), lengths, num_frames)
+        targets = unit_labels[unit_mask & (num_units > 0)[:, None].to(unit_mask.device)].to(logits.device)
+        loss = nn.functional.ctc_loss(
+            logits.log_softmax(-1).transpose(0, 1),
+            targets,
+            num_frames,
+            num_units,
+            blank=self.blank_id,
+            reduction="sum",
+            zero_infinity=True,
+        )
+        return loss / num_units.sum()
+
+
+class TTTOmniMultiModalProjector(nn.Module):
+    """Concatenates `audio_downsample` frames of the encoder into one embedding of the language model."""
+
+    def __init__(self, config: TTTOmniConfig):
+        super().__init__()
+        self.downsample = config.audio_downsample
+        self.linear_1 = nn.Linear(config.audio_config.d_model * config.audio_downsample, config.projector_hidden_size)
+        self.act = nn.ReLU()
+        self.linear_2 = nn.Linear(config.projector_hidden_size, config.text_config.hidden_size)
+
+    def forward(self, audio_features: torch.Tensor) -> torch.Tensor:
+        """`[W, F, d_model]` to `[W, F // audio_downsample, hidden_size]`; frames left over are dropped."""
+        windows, frames, width = audio_features.shape
+        length = frames // self.downsample
+        audio_features = audio_features[:, : length * self.downsample].reshape(windows, length, -1)
+        return self.linear_2(self.act(self.linear_1(audio_features)))
+
+
+class TTTOmniModel(TTTOmniPreTrainedModel):
+    """Whisper encoder, projector and language model, without heads."""
+
+    def __init__(self, config: TTTOmniConfig):
+        super().__init__(config)
+        if config.audio_config is not None:
+            self.audio_tower = WhisperEncoder._from_config(config.audio_config)
+            self.multi_modal_projector = TTTOmniMultiModalProjector(config)
+        self.language_model = TTTOmniTextModel._from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.language_model.embed_tokens = value
+
+    @can_return_tuple
+    def get_audio_features(
+        self,
+        input_features: torch.Tensor,
+        input_features_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """
+        Encode speech, each window on its own.
+
+        Args:
+            input_features: `[W, n_mels, 3000]`, log-mel spectrograms of 30 s windows.
+            input_features_mask: `[W, 3000]`, 0 for padding whose embeddings are dropped; by default all are kept.
+
+        Returns:
+            `last_hidden_state` `[W, 1500, d_model]` of the encoder, and in `pooler_output` the embeddings `[N, hidden_size]` of all
+            windows, joined.
+
+        Raises:
+            ValueError: if the model has no audio encoder.
+        """
+        if self.config.audio_config is None:
+            raise ValueError("This model has no audio encoder (`audio_config` is None): it takes text only.")
+        dtype = self.audio_tower.conv1.weight.dtype
+        windows_per_pass = input_features.shape[0] if self.training else AUDIO_WINDOWS_PER_PASS
+        outputs = [
+            self.audio_tower(features.to(self.audio_tower.device, dtype), return_dict=True, **kwargs)
+            for features in input_features.split(max(windows_per_pass, 1))
+        ]
+        output = outputs[0]
+        if len(outputs) > 1:
+            output = type(output)({name: _cat([o[name] for o in outputs]) for name in output})
+        embeds = self.multi_modal_projector(output.last_hidden_state)  # [W, L, hidden_size]
+        if input_features_mask is None:
+            embeds = embeds.flatten(0, 1)
+        else:
+            lengths = audio_embedding_lengths(input_features_mask, self.config.audio_downsample).to(embeds.device)
+            embeds = embeds[torch.arange(embeds.shape[1], device=embeds.device) < lengths[:, None]]
+        return BaseModelOutputWithPooling(
+            last_hidden_state=output.last_hidden_state,
+            pooler_output=embeds,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+    def embed(
+        self,
+        input_ids: torch.LongTensor,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Embeddings `[B, T, hidden_size]` of a prompt, speech in the place of its placeholders.
+
+        Raises:
+            ValueError: if the number of placeholders is not that of the audio embeddings.
+        """
+        inputs_embeds = self.get_input_embeddings()(input_ids)
+        if input_features is None:
+            return inputs_embeds
+        audio_embeds = self.get_audio_features(input_features, input_features_mask, return_dict=True).pooler_output
+        is_audio = (input_ids == self.config.audio_token_id).to(inputs_embeds.device)
+        if not torch.compiler.is_compiling() and int(is_audio.sum()) != audio_embeds.shape[0]:
+            raise ValueError(
+                f"The prompt has {int(is_audio.sum())} audio placeholders for {audio_embeds.shape[0]} audio "
+                "embeddings: make both with the same processor call."
+            )
+        audio_embeds = audio_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(is_audio.unsqueeze(-1), audio_embeds)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """As [`TTTOmniForCausalLM.forward`], up to the final norm."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, input_features, input_features_mask)
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+
+
+def _cat(values):
+    """Join what several passes of the encoder return: tensors, or tuples of them."""
+    if isinstance(values[0], torch.Tensor):
+        return torch.cat(values)
+    return tuple(torch.cat(value) for value in zip(*values))
+
+
+@dataclass
+class TTTOmniCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """
+    Args:
+        loss: `lm_loss + ctc_loss_weight * ctc_loss`, with `labels`.
+        lm_loss, ctc_loss: the two parts; `ctc_loss` only with `unit_labels`.
+        last_hidden_state: `[B, T, hidden_size]` after the final norm, what the speech decoder reads.
+    """
+
+    lm_loss: torch.FloatTensor | None = None
+    ctc_loss: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+
+
+class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin):
+    """TTT-Omni with its language-model head, speech decoder and vocoder."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: TTTOmniConfig):
+        super().__init__(config)
+        self.model = TTTOmniModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        if config.speech_decoder_config is not None:
+            self.speech_decoder = TTTOmniSpeechDecoder._from_config(config.speech_decoder_config)
+        if config.vocoder_config is not None:
+            self.vocoder = TTTOmniVocoder._from_config(config.vocoder_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_audio_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
+        return self.model.get_audio_features(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        unit_labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TTTOmniCausalLMOutputWithPast:
+        """
+        Args:
+            input_ids: `[B, T]`, with one `audio_token_id` per audio embedding.
+            input_features: `[W, n_mels, 3000]`, the windows of all speech of the batch, in the order of the prompts.
+            input_features_mask: `[W, 3000]`, 0 for padding whose embeddings the prompts have no placeholders for.
+            attention_mask: `[B, past + T]`, 0 for padding, on the left or on the right.
+            position_ids: `[B, T]`; where they restart without a mask and a cache, several sequences are packed.
+            past_key_values: a `DynamicCache` of the tokens before.
+            inputs_embeds: `[B, T, hidden_size]` in place of `input_ids`.
+            labels: `[B, T]`, aligned with `input_ids`, -100 for what is not predicted.
+            unit_labels: `[B, U]`, speech units of each row's response, padded with -100; needs `labels`.
+            logits_to_keep: compute the logits of the last so many positions only, 0 for all.
+
+        Raises:
+            ValueError: inputs that do not fit together, or a part that this model does not have.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            input_features=input_features,
+            input_features_mask=input_features_mask,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept])
+
+        loss = lm_loss = ctc_loss = None
+        if labels is not None:
+            loss = lm_loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        if unit_labels is not None:
+            ctc_loss = self._ctc_loss(hidden_states, labels, unit_labels, kwargs.get("num_items_in_batch"))
+            loss = lm_loss + self.config.speech_decoder_config.ctc_loss_weight * ctc_loss
+        return TTTOmniCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            lm_loss=lm_loss,
+            ctc_loss=ctc_loss,
+            last_hidden_state=hidden_states,
+        )
+
+    def _ctc_loss(self, hidden_states, labels, unit_labels, num_items_in_batch):
+        if self.config.speech_decoder_config is None:
+            raise ValueError("`unit_labels` need a speech decoder, which this model lacks (`speech_decoder_config`).")
+        if labels is None:
+            raise ValueError("`unit_labels` need `labels`, which say where the response is.")
+        loss = self.speech_decoder.ctc_loss(hidden_states, labels, unit_labels)
+        if num_items_in_batch is not None:  # the share of this step in one of accumulated gradients
+            loss = loss * ((labels[:, 1:] != -100).sum().to(loss.device) / num_items_in_batch)
+        return loss
+
+
+__all__ = ["TTTOmniForCausalLM", "TTTOmniModel", "TTTOmniPreTrainedModel", "TTTOmniSpeechDecoder", "TTTOmniTextModel"]
