@@ -1,5 +1,5 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
-"""TTT-Omni: LLaMA-Omni with Test-Time Training layers, as an installed package known to Transformers' Auto classes."""
+"""TTT-Omni: LLaMA-Omni whose language model remembers through Test-Time Training, known to Transformers' Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor
 
@@ -9,25 +9,33 @@ from .configuration_ttt_omni import (
     TTTOmniTextConfig,
     TTTOmniVocoderConfig,
 )
+from .modeling_ttt_omni import TTTOmniForCausalLM, TTTOmniModel
 from .ops_ttt_omni import TTTLinearState, TTTMLPState, ttt_linear, ttt_mlp
+from .processing_ttt_omni import TTTOmniProcessor
 
 
 AutoConfig.register(TTTOmniConfig.model_type, TTTOmniConfig)
+AutoModel.register(TTTOmniConfig, TTTOmniModel)
+AutoModelForCausalLM.register(TTTOmniConfig, TTTOmniForCausalLM)
+AutoModelForMultimodalLM.register(TTTOmniConfig, TTTOmniForCausalLM)
+AutoProcessor.register(TTTOmniConfig, TTTOmniProcessor)
+
+# So that what they save carries its code, and loads where this package is not installed.
 TTTOmniConfig.register_for_auto_class()
-try:
-    from .modeling_ttt_omni import TTTOmniForCausalLM, TTTOmniModel
+TTTOmniModel.register_for_auto_class("AutoModel")
+TTTOmniForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+TTTOmniProcessor.register_for_auto_class()
 
-    AutoModel.register(TTTOmniConfig, TTTOmniModel)
-    AutoModelForCausalLM.register(TTTOmniConfig, TTTOmniForCausalLM)
-    AutoModelForMultimodalLM.register(TTTOmniConfig, TTTOmniForCausalLM)
-    TTTOmniModel.register_for_auto_class("AutoModel")
-    TTTOmniForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-except ImportError:
-    pass
-try:
-    from .processing_ttt_omni import TTTOmniProcessor
-
-    AutoProcessor.register(TTTOmniConfig, TTTOmniProcessor)
-    TTTOmniProcessor.register_for_auto_class()
-except ImportError:
-    pass
+__all__ = [
+    "TTTLinearState",
+    "TTTMLPState",
+    "TTTOmniConfig",
+    "TTTOmniForCausalLM",
+    "TTTOmniModel",
+    "TTTOmniProcessor",
+    "TTTOmniSpeechDecoderConfig",
+    "TTTOmniTextConfig",
+    "TTTOmniVocoderConfig",
+    "ttt_linear",
+    "ttt_mlp",
+]

@@ -1,0 +1,105 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+"""Whisper's encoder, in OpenAI's format or that of Transformers, as the tensors of a `WhisperEncoder`."""
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from transformers import WhisperConfig
+
+from .checkpoint import ConversionError, LazyTensor, open_checkpoint, read_json
+
+
+_MODULES = {
+    "positional_embedding": "embed_positions.weight",
+    "conv1": "conv1",
+    "conv2": "conv2",
+    "ln_post": "layer_norm",
+}
+_BLOCK_MODULES = {
+    "attn.query": "self_attn.q_proj",
+    "attn.key": "self_attn.k_proj",
+    "attn.value": "self_attn.v_proj",
+    "attn.out": "self_attn.out_proj",
+    "attn_ln": "self_attn_layer_norm",
+    "mlp.0": "fc1",
+    "mlp.2": "fc2",
+    "mlp_ln": "final_layer_norm",
+}
+
+
+def open_whisper(path: Path) -> tuple[WhisperConfig, dict[str, LazyTensor]]:
+    """Config and encoder tensors of OpenAI's file (`{"dims", "model_state_dict"}`) or of a Transformers folder."""
+    if not path.exists():
+        raise ConversionError(f"The Whisper encoder {path} does not exist.")
+    return _open_hugging_face(path) if path.is_dir() else _open_openai(path)
+
+
+def _open_hugging_face(folder: Path) -> tuple[WhisperConfig, dict[str, LazyTensor]]:
+    values = read_json(folder / "config.json")
+    if values.get("model_type") != "whisper":
+        raise ConversionError(f"{folder} holds no Whisper model but `model_type` {values.get('model_type')!r}.")
+    tensors = open_checkpoint(folder)
+    match = r"(?:model\.)?encoder\.(.+)"  # of WhisperForConditionalGeneration and of WhisperModel
+    encoder = {found[1]: tensor for name, tensor in tensors.items() if (found := re.fullmatch(match, name))}
+    return WhisperConfig.from_dict(values), encoder
+
+
+def _open_openai(path: Path) -> tuple[WhisperConfig, dict[str, LazyTensor]]:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        dims, state = checkpoint["dims"], checkpoint["model_state_dict"]
+        dims = [dims[f"n_{name}"] for name in ("mels", "audio_ctx", "audio_state", "audio_head", "audio_layer")]
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError, TypeError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise ConversionError(f"{path} is not a Whisper checkpoint in OpenAI's format: {reason}") from error
+    tensors = {
+        name.removeprefix("encoder."): LazyTensor.of(tensor, f"`{name}` in {path}")
+        for name, tensor in state.items()
+        if name.startswith("encoder.")
+    }
+    return _config(*dims), rename_openai_encoder(tensors)
+
+
+def open_openai_encoder(tensors: dict[str, LazyTensor], source: Path) -> tuple[WhisperConfig, dict[str, LazyTensor]]:
+    """The same for an encoder without dims, as checkpoints of LLaMA-Omni hold it, in OpenAI's names."""
+    try:
+        _, n_mels, _ = tensors["conv1.weight"].shape
+        n_ctx, n_state = tensors["positional_embedding"].shape
+    except (KeyError, ValueError) as error:
+        raise ConversionError(
+            f"{source}: `model.speech_encoder.*` is no Whisper encoder ({error}); give one with --whisper."
+        ) from error
+    if n_state % 64:
+        raise ConversionError(
+            f"{source}: the Whisper encoder inside is {n_state} wide, no multiple of 64, which does not tell its "
+            "number of heads; give its own file with --whisper."
+        )
+    blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+    return _config(n_mels, n_ctx, n_state, n_state // 64, len(blocks)), rename_openai_encoder(tensors)
+
+
+def _config(n_mels: int, n_ctx: int, n_state: int, n_head: int, n_layer: int) -> WhisperConfig:
+    return WhisperConfig(
+        num_mel_bins=n_mels,
+        max_source_positions=n_ctx,
+        d_model=n_state,
+        encoder_attention_heads=n_head,
+        encoder_layers=n_layer,
+        encoder_ffn_dim=4 * n_state,
+    )
+
+
+def rename_openai_encoder(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """OpenAI's names of the encoder's tensors as those of `WhisperEncoder`; names that it lacks stay as they are."""
+
+    def rename(name):
+        block = re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", name)
+        if block:
+            return f"layers.{block[1]}.{_BLOCK_MODULES.get(block[2], block[2])}.{block[3]}"
+        module, dot, parameter = name.partition(".")
+        return _MODULES.get(module, module) + dot + parameter
+
+    return {rename(name): tensor for name, tensor in tensors.items()}
