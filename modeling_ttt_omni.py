@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -51,7 +51,7 @@ class TTTOmniPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["TTTOmniDecoderLayer", "WhisperEncoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["inner_model", "inner_norm", "token_scale", "ttt_gate", "vocoder"]
+    _keep_in_fp32_modules_strict = ["inner_model", "inner_norm", "token_scale", "ttt_gate"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -307,6 +307,17 @@ class TTTOmniSpeechDecoder(TTTOmniDecoderStack):
         return loss / num_units.sum()
 
 
+class TTTOmniAudioEncoder(WhisperEncoder):
+    """Whisper's encoder."""
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        # Transformers skips modules without parameters of their own, as this encoder, in models outside of its source.
+        if module is self.embed_positions:
+            init.copy_(module.weight, sinusoids(*module.weight.shape))
+
+
 class TTTOmniMultiModalProjector(nn.Module):
     """Concatenates `audio_downsample` frames of the encoder into one embedding of the language model."""
 
@@ -331,7 +342,7 @@ class TTTOmniModel(TTTOmniPreTrainedModel):
     def __init__(self, config: TTTOmniConfig):
         super().__init__(config)
         if config.audio_config is not None:
-            self.audio_tower = WhisperEncoder._from_config(config.audio_config)
+            self.audio_tower = TTTOmniAudioEncoder._from_config(config.audio_config)
             self.multi_modal_projector = TTTOmniMultiModalProjector(config)
         self.language_model = TTTOmniTextModel._from_config(config.text_config)
         self.post_init()
@@ -389,9 +400,10 @@ class TTTOmniModel(TTTOmniPreTrainedModel):
 
     def embed(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | None = None,
         input_features: torch.Tensor | None = None,
         input_features_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Embeddings `[B, T, hidden_size]` of a prompt, speech in the place of its placeholders.
@@ -399,11 +411,17 @@ class TTTOmniModel(TTTOmniPreTrainedModel):
         Raises:
             ValueError: if the number of placeholders is not that of the audio embeddings.
         """
-        inputs_embeds = self.get_input_embeddings()(input_ids)
+        embed_tokens = self.get_input_embeddings()
+        if inputs_embeds is None:
+            inputs_embeds = embed_tokens(input_ids)
         if input_features is None:
             return inputs_embeds
+        audio_token_id = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
+        if input_ids is None:
+            is_audio = (inputs_embeds == embed_tokens(audio_token_id)).all(-1)
+        else:
+            is_audio = input_ids.to(inputs_embeds.device) == audio_token_id
         audio_embeds = self.get_audio_features(input_features, input_features_mask, return_dict=True).pooler_output
-        is_audio = (input_ids == self.config.audio_token_id).to(inputs_embeds.device)
         if not torch.compiler.is_compiling() and int(is_audio.sum()) != audio_embeds.shape[0]:
             raise ValueError(
                 f"The prompt has {int(is_audio.sum())} audio placeholders for {audio_embeds.shape[0]} audio "
@@ -428,8 +446,7 @@ class TTTOmniModel(TTTOmniPreTrainedModel):
         """As [`TTTOmniForCausalLM.forward`], up to the final norm."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, input_features, input_features_mask)
+        inputs_embeds = self.embed(input_ids, input_features, input_features_mask, inputs_embeds)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -465,7 +482,9 @@ class TTTOmniCausalLMOutputWithPast(CausalLMOutputWithPast):
 class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin):
     """TTT-Omni with its language-model head, speech decoder and vocoder."""
 
+    _keep_in_fp32_modules_strict = [*TTTOmniPreTrainedModel._keep_in_fp32_modules_strict, "vocoder"]
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: TTTOmniConfig):
         super().__init__(config)
@@ -474,7 +493,7 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin):
         if config.speech_decoder_config is not None:
             self.speech_decoder = TTTOmniSpeechDecoder._from_config(config.speech_decoder_config)
         if config.vocoder_config is not None:
-            self.vocoder = TTTOmniVocoder._from_config(config.vocoder_config)
+            self.vocoder = TTTOmniVocoder._from_config(config.vocoder_config).requires_grad_(False)  # no loss has it
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
