@@ -1,5 +1,5 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
-"""TTT-Omni: LLaMA-Omni whose language model remembers through Test-Time Training, known to Transformers' Auto classes."""
+"""TTT-Omni: LLaMA-Omni whose language model remembers by Test-Time Training, made known to the Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor
 

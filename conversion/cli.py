@@ -25,7 +25,7 @@ INSTRUCTION = "Please directly answer the questions in the user's speech."
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs a command and exits with 0, or with one line on stderr: 1 for bad input, 2 for bad usage, 130 for Ctrl-C."""
+    """Runs a command. Exits with one line on stderr and 1 for bad input, 2 for bad usage, or 130 for Ctrl-C."""
     arguments = vars(_parser().parse_args(argv))
     command = arguments.pop("command")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both clean up
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = commands.add_parser("convert", help="convert a LLaMA-Omni or Llama 3 checkpoint to TTT-Omni")
     convert.set_defaults(command=convert_llama_omni)
-    convert.add_argument("--source", required=True, metavar="DIR", help="checkpoint in LLaMA-Omni's layout, or Llama 3")
+    convert.add_argument("--source", required=True, metavar="DIR", help="LLaMA-Omni or Llama 3 checkpoint")
     convert.add_argument("--output", required=True, metavar="DIR", help="new folder for the model")
     convert.add_argument(
         "--whisper", metavar="FILE_OR_DIR", help="OpenAI's .pt or a Transformers folder, if not inside the checkpoint"
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     answer.add_argument("--output", required=True, metavar="ANSWER.wav", help="file for the answer, 16-bit PCM")
     answer.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
     answer.add_argument("--device", default="auto", help="cpu, cuda, … (default: an accelerator if there is one)")
-    answer.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: that of the model's files")
+    answer.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: that of the files")
     return parser
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
-"""Test-Time Training layers grafted onto the attention of a Llama: which layers, and the values that they start with."""
+"""Test-Time Training layers grafted onto a Llama: which layers, and the values that they start with."""
 
 import re
 import zlib
@@ -84,7 +84,7 @@ def graft(
 
 
 def _repeat_heads(projection: LazyTensor, head_dim: int, repeats: int) -> LazyTensor:
-    """Weight `[heads * D, hidden]` or bias `[heads * D]` with each head `repeats` times in a row, as `repeat_kv` does."""
+    """Weight `[heads * D, hidden]` or bias `[heads * D]` with each head `repeats` times in a row."""
     if repeats == 1:
         return projection
 

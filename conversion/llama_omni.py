@@ -50,7 +50,10 @@ RENAMES = {
     "speech_generator.": "speech_decoder.",
 }
 # The fields of its config that go with its tensors of these names.
-LISTENING = ("model.speech_projector.", ("speech_encoder_type", "speech_encoder_ds_rate", "speech_encoder_hidden_size"))
+LISTENING = (
+    "model.speech_projector.",
+    ("speech_encoder_type", "speech_encoder_ds_rate", "speech_encoder_hidden_size"),
+)
 SPEAKING = (
     "speech_generator.",
     ("speech_generator_type", "ctc_decoder_config", "ctc_upsample_factor", "ctc_loss_weight", "unit_vocab_size"),
@@ -309,7 +312,7 @@ def _encoder(
 ) -> tuple[WhisperConfig, dict[str, LazyTensor]]:
     """The encoder that was asked for, which wins over the one inside, as in the original."""
     if whisper is None and not inside:
-        raise ConversionError(f"{source} has no Whisper encoder inside; give the one it was trained with by --whisper.")
+        raise ConversionError(f"{source} has no Whisper encoder inside; give the one of its training with --whisper.")
     config, encoder = open_openai_encoder(inside, source) if whisper is None else open_whisper(Path(whisper))
     if config.d_model != values["speech_encoder_hidden_size"]:
         raise ConversionError(
@@ -332,7 +335,9 @@ def _read_tokenizer(source: Path, values: dict) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _processor(tokenizer: PreTrainedTokenizerBase, audio_config: WhisperConfig | None, values: dict) -> TTTOmniProcessor:
+def _processor(
+    tokenizer: PreTrainedTokenizerBase, audio_config: WhisperConfig | None, values: dict
+) -> TTTOmniProcessor:
     if audio_config is None:
         return TTTOmniProcessor(WhisperFeatureExtractor(), tokenizer, chat_template=tokenizer.chat_template)
     feature_extractor = WhisperFeatureExtractor(feature_size=audio_config.num_mel_bins)

@@ -18,14 +18,15 @@ from .llama_omni import plan_conversion
 SEED = 0
 NUM_BPE_TOKENS = 384
 LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CORPUS = """\
 You are a helpful language and speech assistant. You are able to understand the speech content that the user provides,
 and assist the user with a variety of tasks using natural language. Please directly answer the questions in the user's
-speech. What did you hear, and what would you like to say about it? There is so much to remember in a long
-conversation: the names of people, the places where they live, the things that they want to do tomorrow, and the reason
-why they asked. A small model learns from every word as it goes by, and so it does not forget what was said an hour ago.
+speech. What did you hear, and what would you like to say about it? There is so much to remember in a long talk: the
+names of people, the places where they live, the things that they want to do tomorrow, and the reason why they asked.
+A small model learns from every word as it goes by, and so it does not forget what was said an hour ago.
 """
 
 HIDDEN_SIZE = 64
