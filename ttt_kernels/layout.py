@@ -1,0 +1,52 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+"""Where tokens and temporaries are in memory, and what the kernels can take."""
+
+import torch
+
+
+BLOCK = 64  # tokens of a program in the parallel kernels
+GROUP = 256  # slots between saved states
+
+
+def unsupported(q: torch.Tensor, token_scale: torch.Tensor, W1: torch.Tensor) -> str | None:
+    """Why the kernels cannot take these tensors, or None if they can."""
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"activations must be float16, bfloat16 or float32, got {q.dtype}"
+    if W1.dtype != torch.float32:
+        return f"the state must be float32, got {W1.dtype}"
+    if q.shape[-1] not in (16, 32, 64, 128):
+        return f"the head size must be 16, 32, 64 or 128, got {q.shape[-1]}"
+    if token_scale.shape[0] not in (16, 32, 64):
+        return f"the mini-batch size must be 16, 32 or 64, got {token_scale.shape[0]}"
+    return None
+
+
+def same_layout(x: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`x` and `others` `[B, H, T, D]` in one dense layout with contiguous rows of D, that of `x` if it is one."""
+    if x.stride(-1) != 1 or torch.empty_like(x).stride() != x.stride():
+        x = x.contiguous()
+    return x, *(y if y.stride() == x.stride() else torch.empty_like(x).copy_(y) for y in others)
+
+
+def rows_of(
+    attention_mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """First token of each row of the state and the token after its last one, or None where these are 0 and T."""
+    if cu_seqlens is not None:
+        return cu_seqlens[:-1], cu_seqlens[1:]
+    if attention_mask is None:
+        return None, None
+    mask = attention_mask != 0
+    starts = mask.int().argmax(1)
+    return starts, starts + mask.sum(1)
+
+
+def has_holes(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Whether padding stands between tokens of a row of `attention_mask` `[B, T]`."""
+    mask = (attention_mask != 0).int()
+    return (mask.diff(dim=1, prepend=mask.new_zeros(mask.shape[0], 1)) == 1).sum(1).max() > 1
+
+
+def number_of_groups(q: torch.Tensor, rows: int, mini_batch_size: int) -> int:
+    """An upper bound on the groups of all rows, whatever their lengths; as `span` in `common.py` counts them."""
+    return (q.shape[0] * q.shape[2] + rows * (mini_batch_size - 1)) // GROUP + rows

@@ -1,0 +1,504 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+"""
+Triton kernels of TTT-Linear.
+
+What is sequential, the chain of states, is one program per row and head that keeps W in registers and steps through
+the mini-batches; it leaves every token's u = lr * dl/dz and W at each group of G mini-batches. What is left is
+parallel over blocks of tokens: the model that a token meets is the group's W less what the group's tokens before it
+have added, which has the form of attention. The backward pass has the same three parts: before, chain, after.
+
+A token's slot is its place among the mini-batches of its row, the pending tokens of the initial state included.
+Temporaries stand by slot: [H, groups * C, ...] with C = G * m slots in a group.
+
+W is kept with the mean over its columns taken off, which no update changes as a LayerNorm's gradient has mean 0: the
+mean of z need then not be computed.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import EPS, dot, earlier, inner_grad, layer_norm, load_rows, matrix, reach, row_of_group, span, store_rows
+
+
+@triton.jit
+def chain_forward(
+    k, v, lr, scale, ln_weight, ln_bias, W1, b1, pending_k, pending_u1, position, starts, ends,
+    u1, W1_group, b1_group, W1_out, b1_out, pending_k_out, pending_u1_out, position_out,
+    T, H, groups, stride_b, stride_h, stride_t, lr_stride_b, lr_stride_h, lr_stride_t,
+    PACKED: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first, taken, end, group = span(row, position, starts, ends, T, PACKED, M, G * M)
+    batch = row * (1 - PACKED)
+    k += batch * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
+    v += batch * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
+    lr += batch * lr_stride_b + head * lr_stride_h + (first - taken).to(tl.int64) * lr_stride_t
+    u1 += (head.to(tl.int64) * groups + group) * G * M * D
+    W1_group += (head.to(tl.int64) * groups + group) * D * D
+    b1_group += (head.to(tl.int64) * groups + group) * D
+    state = row * H + head
+    d = tl.arange(0, D)
+    slots = tl.arange(0, M)
+    w = tl.load(ln_weight + head * D + d)[None, :]
+    bias = tl.load(ln_bias + head * D + d)[None, :]
+    last_scale = tl.load(scale + M - 1)
+
+    W = tl.load(W1 + state * D * D + matrix(D, D))
+    b = tl.load(b1 + state * D + d)
+    W_mean, b_mean = tl.sum(W, axis=1) / D, tl.sum(b, axis=0) / D
+    W -= W_mean[:, None]
+    b -= b_mean
+
+    # The first mini-batch, to which the pending rows belong.
+    tl.store(W1_group + matrix(D, D), W)
+    tl.store(b1_group + d, b)
+    is_pending = slots < taken
+    valid = (slots >= taken) & (slots < end)
+    k_n = load_rows(k, stride_t, slots, valid, D)
+    k_n += load_rows(pending_k + state * M * D, D, slots, is_pending, D).to(k_n.dtype)
+    c = (bias - load_rows(v, stride_t, slots, valid, D).to(tl.float32) + k_n.to(tl.float32)) * w
+    lr_n = tl.load(lr + slots * lr_stride_t, mask=valid, other=0.0).to(tl.float32)
+    z = dot(k_n, W.to(k_n.dtype), tl.zeros([M, D], tl.float32) + b[None, :])
+    u = inner_grad(z, c, w, lr_n, D) + load_rows(pending_u1 + state * M * D, D, slots, is_pending, D)
+    store_rows(u1, D, slots, slots < end, u, D)
+    complete = (end >= M).to(tl.float32)
+    step = u * (-last_scale * complete)
+    W = dot(tl.trans(k_n), step.to(k_n.dtype), W)
+    b += tl.sum(step, axis=0)
+    mean, mean_of_b = tl.sum(W, axis=1) / D, tl.sum(b, axis=0) / D  # not 0 if the caller's pending rows have means
+    W -= mean[:, None]
+    b -= mean_of_b
+    W_mean += mean
+    b_mean += mean_of_b
+    tl.store(pending_k_out + state * M * D + matrix(M, D), k_n.to(tl.float32) * (1 - complete))
+    tl.store(pending_u1_out + state * M * D + matrix(M, D), u * (1 - complete))
+
+    for n in range(1, end // M):
+        if n % G == 0:
+            tl.store(W1_group + (n // G) * D * D + matrix(D, D), W)
+            tl.store(b1_group + (n // G) * D + d, b)
+        rows = (n * M + slots).to(tl.int64)
+        k_n = tl.load(k + rows[:, None] * stride_t + d[None, :])
+        v_n = tl.load(v + rows[:, None] * stride_t + d[None, :])
+        c = (bias - v_n.to(tl.float32) + k_n.to(tl.float32)) * w
+        lr_n = tl.load(lr + rows * lr_stride_t).to(tl.float32)
+        z = dot(k_n, W.to(k_n.dtype), tl.zeros([M, D], tl.float32) + b[None, :])
+        u = inner_grad(z, c, w, lr_n, D)
+        tl.store(u1 + rows[:, None] * D + d[None, :], u.to(u1.dtype.element_ty))
+        step = u * -last_scale
+        W = dot(tl.trans(k_n), step.to(k_n.dtype), W)
+        b += tl.sum(step, axis=0)
+
+    if (end >= M) & (end % M != 0):  # the last mini-batch, not yet complete
+        n = end // M
+        if n % G == 0:
+            tl.store(W1_group + (n // G) * D * D + matrix(D, D), W)
+            tl.store(b1_group + (n // G) * D + d, b)
+        valid = n * M + slots < end
+        k_n = load_rows(k, stride_t, n * M + slots, valid, D)
+        v_n = load_rows(v, stride_t, n * M + slots, valid, D)
+        c = (bias - v_n.to(tl.float32) + k_n.to(tl.float32)) * w
+        lr_n = tl.load(lr + (n * M + slots) * lr_stride_t, mask=valid, other=0.0).to(tl.float32)
+        z = dot(k_n, W.to(k_n.dtype), tl.zeros([M, D], tl.float32) + b[None, :])
+        u = inner_grad(z, c, w, lr_n, D)
+        store_rows(u1, D, n * M + slots, valid, u, D)
+        tl.store(pending_k_out + state * M * D + matrix(M, D), k_n.to(tl.float32))
+        tl.store(pending_u1_out + state * M * D + matrix(M, D), u)
+
+    tl.store(W1_out + state * D * D + matrix(D, D), W + W_mean[:, None])
+    tl.store(b1_out + state * D + d, b + b_mean)
+    if head == 0:
+        tl.store(position_out + row, (end % M).to(tl.int64))
+
+
+@triton.jit
+def outputs(
+    q, k, scale, ln_weight, ln_bias, pending_k, position, starts, ends, u1, W1_group, b1_group, o,
+    T, H, groups, stride_b, stride_h, stride_t,
+    PACKED: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, R_BLOCK: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    group, block = tl.program_id(0) // (G * M // BLOCK), tl.program_id(0) % (G * M // BLOCK)
+    row = row_of_group(group, starts, T, PACKED, M, G * M, R, R_BLOCK).to(tl.int64)
+    first, taken, end, first_group = span(row, position, starts, ends, T, PACKED, M, G * M)
+    slot = (group - first_group) * G * M
+    token = row * (1 - PACKED) * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
+    q += token
+    k += token
+    o += token
+    pending_k += (row * H + head) * M * D
+    u1 += (head.to(tl.int64) * groups + first_group) * G * M * D
+    W1_group += (head.to(tl.int64) * groups + group) * D * D
+    b1_group += (head.to(tl.int64) * groups + group) * D
+    d = tl.arange(0, D)
+    slots = slot + block * BLOCK + tl.arange(0, BLOCK)
+
+    # Nothing is left unwritten in what the chain returns.
+    if slot + block * BLOCK + BLOCK > end:
+        store_rows(u1, D, slots, slots >= end, tl.zeros([BLOCK, D], tl.float32), D)
+        if (block == 0) & (slot >= end) & (slot > 0):
+            tl.store(W1_group + matrix(D, D), tl.zeros([D, D], tl.float32))
+            tl.store(b1_group + d, tl.zeros([D], tl.float32))
+    if slot + block * BLOCK >= end:
+        return
+    valid = (slots >= taken) & (slots < end)
+    q_i = load_rows(q, stride_t, slots, valid, D)
+    z = tl.zeros([BLOCK, D], tl.float32) + tl.load(b1_group + d)[None, :]
+    z = dot(q_i, tl.load(W1_group + matrix(D, D)).to(q_i.dtype), z)
+    for j in range(0, block + 1):
+        slots_j = slot + j * BLOCK + tl.arange(0, BLOCK)
+        k_j = load_rows(k, stride_t, slots_j, (slots_j >= taken) & (slots_j < end), D)
+        k_j += load_rows(pending_k, D, slots_j, slots_j < taken, D).to(k_j.dtype)
+        u_j = load_rows(u1, D, slots_j, slots_j < end, D)
+        attention = dot(q_i, tl.trans(k_j), tl.zeros([BLOCK, BLOCK], tl.float32)) + 1
+        attention *= -reach(scale, slots, slots_j, M)
+        z = dot(attention.to(u_j.dtype), u_j, z)
+    x, _ = layer_norm(z, D)
+    x = q_i.to(tl.float32) + x * tl.load(ln_weight + head * D + d)[None, :] + tl.load(ln_bias + head * D + d)[None, :]
+    store_rows(o, stride_t, slots, valid, x, D)
+
+
+@triton.jit
+def before_chain_backward(
+    q, k, v, scale, ln_weight, ln_bias, pending_k, position, starts, ends, u1, W1_group, b1_group, do,
+    dz_q, du1, x, e, statistics, dscale, dln,
+    T, H, groups, stride_b, stride_h, stride_t,
+    PACKED: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, R_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """
+    The gradient of each token's read z_q, its part that goes to the u of the same mini-batch, and what the chain needs
+    of each inner gradient: x = LN(z), e = (LN(z) w + bias - target) w, and 5 numbers per token.
+    """
+    head = tl.program_id(1)
+    group, block = tl.program_id(0) // (G * M // BLOCK), tl.program_id(0) % (G * M // BLOCK)
+    row = row_of_group(group, starts, T, PACKED, M, G * M, R, R_BLOCK).to(tl.int64)
+    first, taken, end, first_group = span(row, position, starts, ends, T, PACKED, M, G * M)
+    slot = (group - first_group) * G * M
+    if slot + block * BLOCK >= end:
+        return
+    token = row * (1 - PACKED) * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
+    q += token
+    k += token
+    v += token
+    do += token
+    pending_k += (row * H + head) * M * D
+    workspace = (head.to(tl.int64) * groups + first_group) * G * M
+    u1 += workspace * D
+    W1_group += (head.to(tl.int64) * groups + group) * D * D
+    b1_group += (head.to(tl.int64) * groups + group) * D
+    d = tl.arange(0, D)
+    w = tl.load(ln_weight + head * D + d)[None, :]
+    bias = tl.load(ln_bias + head * D + d)[None, :]
+
+    slots = slot + block * BLOCK + tl.arange(0, BLOCK)
+    valid = (slots >= taken) & (slots < end)
+    q_i = load_rows(q, stride_t, slots, valid, D)
+    k_i = load_rows(k, stride_t, slots, valid, D)
+    k_i += load_rows(pending_k, D, slots, slots < taken, D).to(k_i.dtype)
+    W = tl.load(W1_group + matrix(D, D)).to(q_i.dtype)
+    b = tl.zeros([BLOCK, D], tl.float32) + tl.load(b1_group + d)[None, :]
+    z_q = dot(q_i, W, b)
+    z = dot(k_i, W, b)
+    last_scale = tl.load(scale + M - 1)
+    for j in range(0, block + 1):
+        slots_j = slot + j * BLOCK + tl.arange(0, BLOCK)
+        k_j = load_rows(k, stride_t, slots_j, (slots_j >= taken) & (slots_j < end), D)
+        k_j += load_rows(pending_k, D, slots_j, slots_j < taken, D).to(k_j.dtype)
+        u_j = load_rows(u1, D, slots_j, slots_j < end, D)
+        attention = dot(q_i, tl.trans(k_j), tl.zeros([BLOCK, BLOCK], tl.float32)) + 1
+        z_q = dot((-attention * reach(scale, slots, slots_j, M)).to(u_j.dtype), u_j, z_q)
+        attention = dot(k_i, tl.trans(k_j), tl.zeros([BLOCK, BLOCK], tl.float32)) + 1
+        attention = tl.where(earlier(slots, slots_j, M), -last_scale * attention, 0.0)
+        z = dot(attention.to(u_j.dtype), u_j, z)
+
+    x_q, rstd = layer_norm(z_q, D)
+    do_i = load_rows(do, stride_t, slots, valid, D).to(tl.float32)
+    part = (tl.program_id(0) * H + head).to(tl.int64)
+    tl.store(dln + part * 2 * D + d, tl.sum(do_i * x_q, axis=0))
+    tl.store(dln + part * 2 * D + D + d, tl.sum(do_i, axis=0))
+    do_i *= w
+    dz_i = do_i - (tl.sum(do_i, axis=1) / D)[:, None] - x_q * (tl.sum(do_i * x_q, axis=1) / D)[:, None]
+    dz_i = (dz_i * rstd[:, None]).to(q_i.dtype)
+    store_rows(dz_q + workspace * D, D, slots, slots < end, dz_i, D)
+
+    u_i = load_rows(u1, D, slots, slots < end, D)
+    attention = dot(q_i, tl.trans(k_i), tl.zeros([BLOCK, BLOCK], tl.float32)) + 1
+    same = (slots[:, None] // M == slots[None, :] // M) & (slots[None, :] <= slots[:, None])
+    attention = tl.where(same, attention, 0.0)
+    dattention = dot(dz_i, tl.trans(u_i), tl.zeros([BLOCK, BLOCK], tl.float32))
+    tl.store(dscale + part * BLOCK + tl.arange(0, BLOCK), -tl.sum(attention * dattention, axis=1))
+    attention *= -tl.load(scale + slots % M)[:, None]
+    du = dot(tl.trans(attention.to(dz_i.dtype)), dz_i, tl.zeros([BLOCK, D], tl.float32))
+    store_rows(du1 + workspace * D, D, slots, slots < end, du, D)
+
+    x_i, rstd = layer_norm(z, D)
+    w2 = w * w
+    v_i = load_rows(v, stride_t, slots, valid, D).to(tl.float32)
+    e_i = w2 * x_i + (bias - v_i + k_i.to(tl.float32)) * w
+    store_rows(x + workspace * D, D, slots, slots < end, x_i, D)
+    store_rows(e + workspace * D, D, slots, slots < end, e_i, D)
+    statistics += (workspace + slots) * 5
+    tl.store(statistics, rstd, mask=slots < end)
+    tl.store(statistics + 1, tl.sum(e_i, axis=1) / D, mask=slots < end)
+    tl.store(statistics + 2, tl.sum(e_i * x_i, axis=1) / D, mask=slots < end)
+    tl.store(statistics + 3, tl.sum(w2 * x_i, axis=1) / D, mask=slots < end)
+    tl.store(statistics + 4, tl.sum(w2 * x_i * x_i, axis=1) / D, mask=slots < end)
+
+
+@triton.jit
+def inner_grad_backward(du, x, e, w2, mean_w2, lr, statistics, slots, valid, D: tl.constexpr):
+    """Gradients of u = `inner_grad` with respect to z, e and lr; all sums over a row at once, as in `inner_grad`."""
+    rstd = tl.load(statistics + slots * 5, mask=valid, other=0.0)
+    mean_e = tl.load(statistics + slots * 5 + 1, mask=valid, other=0.0)
+    mean_ex = tl.load(statistics + slots * 5 + 2, mask=valid, other=0.0)
+    mean_w2x = tl.load(statistics + slots * 5 + 3, mask=valid, other=0.0)
+    mean_w2xx = tl.load(statistics + slots * 5 + 4, mask=valid, other=0.0)
+    mean = tl.sum(du, axis=1) / D
+    mean_x = tl.sum(du * x, axis=1) / D
+    mean_g = tl.sum(du * e, axis=1) / D - mean_e * mean - mean_ex * mean_x
+    mean_w = tl.sum(w2 * du, axis=1) / D - mean_w2 * mean - mean_w2x * mean_x
+    mean_wx = tl.sum(w2 * du * x, axis=1) / D - mean_w2x * mean - mean_w2xx * mean_x
+    de = du - mean[:, None] - mean_x[:, None] * x
+    mean_dx = mean_w - mean_ex * mean - mean_e * mean_x
+    mean_dxx = mean_wx - 2 * mean_ex * mean_x + mean_g
+    dz = w2 * de - mean_ex[:, None] * du - mean_x[:, None] * e - mean_dx[:, None] - mean_dxx[:, None] * x
+    scale = lr * rstd
+    return (scale * rstd)[:, None] * dz, scale[:, None] * de, rstd * mean_g * D
+
+
+@triton.jit
+def chain_backward(
+    q, k, lr, scale, ln_weight, pending_k, position, starts, ends, dz_q, du1, x, e, statistics,
+    dW1_out, db1_out, dpending_u1_out,
+    dz, de, dlr, dW1_group, db1_group, dW1, db1, dpending_u1,
+    T, H, groups, stride_b, stride_h, stride_t, lr_stride_b, lr_stride_h, lr_stride_t,
+    PACKED: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """The chain of the gradients of the states, from the last mini-batch to the first."""
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first, taken, end, group = span(row, position, starts, ends, T, PACKED, M, G * M)
+    batch = row * (1 - PACKED)
+    q += batch * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
+    k += batch * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
+    lr += batch * lr_stride_b + head * lr_stride_h + (first - taken).to(tl.int64) * lr_stride_t
+    dlr += batch * lr_stride_b + head * lr_stride_h + (first - taken).to(tl.int64) * lr_stride_t
+    workspace = (head.to(tl.int64) * groups + group) * G * M
+    dz_q += workspace * D
+    du1 += workspace * D
+    x += workspace * D
+    e += workspace * D
+    dz += workspace * D
+    de += workspace * D
+    statistics += workspace * 5
+    dW1_group += (head.to(tl.int64) * groups + group) * D * D
+    db1_group += (head.to(tl.int64) * groups + group) * D
+    state = row * H + head
+    d = tl.arange(0, D)
+    w = tl.load(ln_weight + head * D + d)[None, :]
+    w2 = w * w
+    mean_w2 = tl.sum(w2, axis=1) / D
+    last_scale = tl.load(scale + M - 1)
+    last = tl.maximum(tl.cdiv(end, M) - 1, 0)
+
+    dW = tl.load(dW1_out + state * D * D + matrix(D, D))
+    db = tl.load(db1_out + state * D + d)
+    for i in range(0, last + 1):
+        n = last - i
+        if (n % G == G - 1) | (n == last):
+            tl.store(dW1_group + (n // G) * D * D + matrix(D, D), dW)
+            tl.store(db1_group + (n // G) * D + d, db)
+        slots = n * M + tl.arange(0, M)
+        exists = slots < end
+        valid = (slots >= taken) & exists
+        k_n = load_rows(k, stride_t, slots, valid, D)
+        q_n = load_rows(q, stride_t, slots, valid, D)
+        du = load_rows(du1, D, slots, exists, D).to(tl.float32)
+        if n == 0:
+            k_n += load_rows(pending_k + state * M * D, D, slots, slots < taken, D).to(k_n.dtype)
+        complete = (n * M + M <= end).to(tl.float32)
+        if n * M + M > end:
+            du += tl.load(dpending_u1_out + state * M * D + matrix(M, D))
+        du -= last_scale * complete * dot(k_n, dW.to(k_n.dtype), tl.zeros([M, D], tl.float32) + db[None, :])
+        if n == 0:
+            tl.store(dpending_u1 + state * M * D + matrix(M, D), tl.where((slots < taken)[:, None], du, 0.0))
+        x_n = load_rows(x, D, slots, exists, D).to(tl.float32)
+        e_n = load_rows(e, D, slots, exists, D).to(tl.float32)
+        lr_n = tl.load(lr + slots * lr_stride_t, mask=valid, other=0.0).to(tl.float32)
+        dz_n, de_n, dlr_n = inner_grad_backward(du, x_n, e_n, w2, mean_w2, lr_n, statistics, slots, exists, D)
+        dz_n = dz_n.to(k_n.dtype)
+        store_rows(dz, D, slots, exists, dz_n, D)
+        store_rows(de, D, slots, exists, de_n, D)
+        tl.store(dlr + slots * lr_stride_t, dlr_n.to(dlr.dtype.element_ty), mask=valid)
+        dz_q_n = load_rows(dz_q, D, slots, exists, D)
+        dW = dot(tl.trans(k_n), dz_n, dW)
+        dW = dot(tl.trans(q_n), dz_q_n, dW)
+        db += tl.sum(dz_n.to(tl.float32) + dz_q_n.to(tl.float32), axis=0)
+    tl.store(dW1 + state * D * D + matrix(D, D), dW)
+    tl.store(db1 + state * D + d, db)
+
+
+@triton.jit
+def after_chain_backward(
+    q, k, v, scale, ln_weight, ln_bias, pending_k, position, starts, ends, u1, W1_group, do,
+    dz_q, x, dz, de, dW1_group, db1_group, dpending_k_out,
+    dq, dk, dv, dpending_k, dlast_scale, dln,
+    T, H, groups, stride_b, stride_h, stride_t,
+    PACKED: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, R_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the tokens, from those of their reads and of the group's states."""
+    head = tl.program_id(1)
+    group, block = tl.program_id(0) // (G * M // BLOCK), tl.program_id(0) % (G * M // BLOCK)
+    row = row_of_group(group, starts, T, PACKED, M, G * M, R, R_BLOCK).to(tl.int64)
+    first, taken, end, first_group = span(row, position, starts, ends, T, PACKED, M, G * M)
+    slot = (group - first_group) * G * M
+    if slot + block * BLOCK >= end:
+        return
+    token = row * (1 - PACKED) * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
+    q += token
+    k += token
+    pending_k += (row * H + head) * M * D
+    workspace = (head.to(tl.int64) * groups + first_group) * G * M
+    u1 += workspace * D
+    dz_q += workspace * D
+    dz += workspace * D
+    W1_group += (head.to(tl.int64) * groups + group) * D * D
+    dW1_group += (head.to(tl.int64) * groups + group) * D * D
+    db1_group += (head.to(tl.int64) * groups + group) * D
+    d = tl.arange(0, D)
+    part = (tl.program_id(0) * H + head).to(tl.int64)
+
+    slots = slot + block * BLOCK + tl.arange(0, BLOCK)
+    exists = slots < end
+    valid = (slots >= taken) & exists
+    k_i = load_rows(k, stride_t, slots, valid, D)
+    k_i += load_rows(pending_k, D, slots, slots < taken, D).to(k_i.dtype)
+
+    w = tl.load(ln_weight + head * D + d)[None, :]
+    bias = tl.load(ln_bias + head * D + d)[None, :]
+    de_i = load_rows(de + workspace * D, D, slots, exists, D).to(tl.float32)
+    x_i = load_rows(x + workspace * D, D, slots, exists, D).to(tl.float32)
+    v_i = load_rows(v + token, stride_t, slots, valid, D).to(tl.float32)
+    tl.store(dln + part * 2 * D + d, tl.sum(de_i * (2 * w * x_i + bias - v_i + k_i.to(tl.float32)), axis=0))
+    de_i *= w
+    tl.store(dln + part * 2 * D + D + d, tl.sum(de_i, axis=0))
+    store_rows(dv + token, stride_t, slots, valid, -de_i, D)
+
+    u_i = load_rows(u1, D, slots, exists, D)
+    dz_q_i = load_rows(dz_q, D, slots, exists, D)
+    dz_i = load_rows(dz, D, slots, exists, D)
+    W = tl.trans(tl.load(W1_group + matrix(D, D)).to(k_i.dtype))
+    dW = tl.trans(tl.load(dW1_group + matrix(D, D)).to(k_i.dtype))
+    dq_i = dot(dz_q_i, W, load_rows(do + token, stride_t, slots, valid, D).to(tl.float32))
+    dk_i = dot(dz_i, W, de_i)
+    zeros = tl.zeros([BLOCK, BLOCK], tl.float32)
+    last_scale = tl.load(scale + M - 1)
+    for j in range(0, block + 1):  # what the model had learned before token i
+        slots_j = slot + j * BLOCK + tl.arange(0, BLOCK)
+        k_j = load_rows(k, stride_t, slots_j, (slots_j >= taken) & (slots_j < end), D)
+        k_j += load_rows(pending_k, D, slots_j, slots_j < taken, D).to(k_j.dtype)
+        u_j = tl.trans(load_rows(u1, D, slots_j, slots_j < end, D))
+        attention = dot(dz_q_i, u_j, zeros) * -reach(scale, slots, slots_j, M)
+        dq_i = dot(attention.to(k_j.dtype), k_j, dq_i)
+        attention = tl.where(earlier(slots, slots_j, M), dot(dz_i, u_j, zeros) * -last_scale, 0.0)
+        dk_i = dot(attention.to(k_j.dtype), k_j, dk_i)
+    store_rows(dq + token, stride_t, slots, valid, dq_i, D)
+
+    # What token i has taught: to its own mini-batch ...
+    q_i = load_rows(q, stride_t, slots, valid, D)
+    attention = dot(u_i, tl.trans(dz_q_i), zeros) * -tl.trans(reach(scale, slots, slots, M))
+    attention = tl.where(slots[:, None] // M == slots[None, :] // M, attention, 0.0)
+    dk_i = dot(attention.to(q_i.dtype), q_i, dk_i)
+    # ... and to those after it, as the gradient [dW; db] of the model after it, times u_i.
+    taught = dot(u_i, dW, tl.zeros([BLOCK, D], tl.float32))
+    taught_bias = tl.sum(u_i.to(tl.float32) * tl.load(db1_group + d)[None, :], axis=1)
+    for j in range(block, G * M // BLOCK):
+        slots_j = slot + j * BLOCK + tl.arange(0, BLOCK)
+        valid_j = (slots_j >= taken) & (slots_j < end)
+        later = tl.trans(earlier(slots_j, slots, M))
+        q_j = load_rows(q, stride_t, slots_j, valid_j, D)
+        attention = dot(u_i, tl.trans(load_rows(dz_q, D, slots_j, slots_j < end, D)), zeros)
+        attention = tl.where(later, attention, 0.0)
+        taught = dot(attention.to(q_j.dtype), q_j, taught)
+        taught_bias += tl.sum(attention, axis=1)
+        k_j = load_rows(k, stride_t, slots_j, valid_j, D)
+        attention = dot(u_i, tl.trans(load_rows(dz, D, slots_j, slots_j < end, D)), zeros)
+        attention = tl.where(later, attention, 0.0)
+        taught = dot(attention.to(k_j.dtype), k_j, taught)
+        taught_bias += tl.sum(attention, axis=1)
+    complete = (slots // M * M + M <= end).to(tl.float32)
+    taught_scale = tl.sum(taught * k_i.to(tl.float32), axis=1) + taught_bias
+    tl.store(dlast_scale + part, -tl.sum(taught_scale * complete, axis=0))
+    dk_i -= (last_scale * complete)[:, None] * taught
+
+    position_i = slots % M
+    state = (row * H + head) * M * D
+    kept = exists & (complete == 0)
+    dk_i += load_rows(dpending_k_out + state, D, position_i, kept, D)
+    store_rows(dk + token, stride_t, slots, valid, dk_i, D)
+    store_rows(dpending_k + state, D, slots, slots < taken, dk_i, D)
+
+
+@triton.jit
+def decode(
+    q, k, v, lr, mask, scale, ln_weight, ln_bias, W1, b1, pending_k, pending_u1, position, o, position_out,
+    H, stride_b, stride_h, lr_stride_b, lr_stride_h,
+    M: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """One token of one row and head; the state is updated in place, but for the position, which other heads read."""
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    state = row * H + head
+    d = tl.arange(0, D)
+    token = row * stride_b + head * stride_h + d
+    taken = tl.load(position + row).to(tl.int32)
+    if mask is not None:
+        if tl.load(mask + row) == 0:
+            tl.store(o + token, tl.zeros([D], o.dtype.element_ty))
+            if head == 0:
+                tl.store(position_out + row, taken.to(tl.int64))
+            return
+    W1 += state * D * D
+    b1 += state * D
+    pending_k += state * M * D
+    pending_u1 += state * M * D
+    slots = tl.arange(0, M)
+    seen = (slots < taken)[:, None]
+    W = tl.load(W1 + matrix(D, D))
+    keys = tl.load(pending_k + matrix(M, D), mask=seen, other=0.0)
+    us = tl.load(pending_u1 + matrix(M, D), mask=seen, other=0.0)
+    b = tl.load(b1 + d)
+    w = tl.load(ln_weight + head * D + d)
+    bias = tl.load(ln_bias + head * D + d)
+    q_t = tl.load(q + token).to(tl.float32)
+    k_t = tl.load(k + token).to(tl.float32)
+    v_t = tl.load(v + token).to(tl.float32)
+    lr_t = tl.load(lr + row * lr_stride_b + head * lr_stride_h).to(tl.float32)
+
+    z = tl.sum(tl.reshape(k_t, [D, 1]) * W, axis=0) + b
+    z -= tl.sum(z, axis=0) / D
+    rstd = tl.rsqrt(tl.sum(z * z, axis=0) / D + EPS)
+    x = z * rstd
+    e = (w * x + bias - v_t + k_t) * w
+    u = lr_t * rstd * (e - tl.sum(e, axis=0) / D - x * (tl.sum(e * x, axis=0) / D))
+
+    attention = tl.sum(keys * q_t[None, :], axis=1) + 1
+    read = tl.sum(attention[:, None] * us, axis=0) + (tl.sum(q_t * k_t, axis=0) + 1) * u
+    z = tl.sum(tl.reshape(q_t, [D, 1]) * W, axis=0) + b - tl.load(scale + taken) * read
+    z -= tl.sum(z, axis=0) / D
+    x = z * tl.rsqrt(tl.sum(z * z, axis=0) / D + EPS)
+    tl.store(o + token, (q_t + x * w + bias).to(o.dtype.element_ty))
+
+    if taken == M - 1:
+        keys = tl.where(slots[:, None] == taken, k_t[None, :], keys)
+        us = tl.where(slots[:, None] == taken, u[None, :], us) * -tl.load(scale + M - 1)
+        tl.store(W1 + matrix(D, D), dot(tl.trans(keys), us, W))
+        tl.store(b1 + d, b + tl.sum(us, axis=0))
+        tl.store(pending_k + matrix(M, D), tl.zeros([M, D], tl.float32))
+        tl.store(pending_u1 + matrix(M, D), tl.zeros([M, D], tl.float32))
+    else:
+        tl.store(pending_k + taken * D + d, k_t)
+        tl.store(pending_u1 + taken * D + d, u)
+    if head == 0:
+        tl.store(position_out + row, ((taken + 1) % M).to(tl.int64))
