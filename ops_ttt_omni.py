@@ -247,61 +247,47 @@ def _with_pending_rows(state: TTTState, mini_batch_size: int) -> TTTState:
 
 
 def _decode(mini_batch, q, k, v, lr, scale, norm, state):
-    """One token per row: as the first rows of a mini-batch, with one row instead of m."""
-    position = state.position
-    complete = position + 1 == scale.shape[0]
-    slot = position[:, None]  # [B, 1]
-    rows = tuple(x.to(scale.dtype) for x in (q, k, v, lr.unsqueeze(-1)))
-    o, state = mini_batch(*rows, slot, scale, norm, state, complete)
-    position = torch.where(complete, 0, position + 1)
-    return o.to(q.dtype), replace(state, position=position)
+    """One token per row: a mini-batch of one row instead of m."""
+    complete = state.position + 1 == scale.shape[0]
+    rows = (x.to(scale.dtype) for x in (q, k, v, lr.unsqueeze(-1)))
+    slot = state.position[:, None]  # [B, 1]
+    o, state = mini_batch(*rows, slot, _reach(slot, scale), scale[-1], norm, state, complete, has_pending=True)
+    return o.to(q.dtype), replace(state, position=torch.where(complete, 0, state.position + 1))
 
 
 def _prefill(mini_batch, q, k, v, lr, scale, norm, state, attention_mask, cu_seqlens, checkpoint_group_size):
     """Any number of tokens: they are laid out on a grid of mini-batches, where each row starts at its position."""
-    batch_size, num_heads, length, head_dim = q.shape
     mini_batch_size = scale.shape[0]
     row, rank, lengths = _rows_and_ranks(q, attention_mask, cu_seqlens)  # [B * T], [B * T], [R]
-    slot = state.position[row] + rank  # [B * T]
     end = state.position + lengths  # [R]
-    if torch.compiler.is_compiling():  # the number of mini-batches must not depend on data
-        num_mini_batches = (length + 2 * mini_batch_size - 2) // mini_batch_size
-    else:
-        num_mini_batches = max(-(-int(end.max()) // mini_batch_size), 1)
-    num_slots = num_mini_batches * mini_batch_size
-    valid = rank >= 0
-    index = torch.where(valid, row * num_slots + slot, state.batch_size * num_slots)  # padding goes into a last row
-
-    def to_grid(x):  # [B, H, T, d] -> N of [R, m, H, d]
-        x = x.transpose(1, 2).reshape(batch_size * length, num_heads, -1)
-        grid = x.new_zeros(state.batch_size * num_slots + 1, *x.shape[1:]).index_copy(0, index, x)
-        return grid[:-1].view(state.batch_size, num_mini_batches, mini_batch_size, *x.shape[1:]).unbind(1)
-
+    to_grid, from_grid, num_mini_batches = _grid(q, row, rank, state.position, end, mini_batch_size)
     grids = [to_grid(x) for x in (q, k, v, lr.unsqueeze(-1))]
-    slots = torch.arange(mini_batch_size, device=q.device).expand(state.batch_size, -1)
+    slot = torch.arange(mini_batch_size, device=q.device)[None]  # [1, m]
+    reach = _reach(slot, scale)
 
     def scan(first, last, state):
         outputs = []
+        has_pending = _any(state.position != 0) if first == 0 else False
         for n in range(first, last):
             rows = (grid[n].transpose(1, 2).to(scale.dtype) for grid in grids)  # [R, H, m, d]
             complete = (n + 1) * mini_batch_size <= end  # [R]
-            o, state = mini_batch(*rows, slots, scale, norm, state, complete)
+            o, state = mini_batch(*rows, slot, reach, scale[-1], norm, state, complete, has_pending)
             outputs.append(o.to(q.dtype).transpose(1, 2))  # [R, m, H, D]
+            has_pending = _any(~complete)
         return torch.cat(outputs, dim=1), state
 
     group_size = checkpoint_group_size if torch.is_grad_enabled() else 0
-    outputs = []
-    for first in range(0, num_mini_batches, group_size or num_mini_batches):
-        last = min(first + (group_size or num_mini_batches), num_mini_batches)
-        if group_size:
+    if not group_size:
+        o, state = scan(0, num_mini_batches, state)
+    else:
+        outputs = []
+        for first in range(0, num_mini_batches, group_size):
+            last = min(first + group_size, num_mini_batches)
             o, state = checkpoint(scan, first, last, state, use_reentrant=False)
-        else:
-            o, state = scan(first, last, state)
-        outputs.append(o)
-    o = torch.cat(outputs, dim=1).view(-1, num_heads, head_dim)  # [R * N * m, H, D]
-    o = o.index_select(0, torch.where(valid, index, 0)) * valid.to(o.dtype)[:, None, None]
-    o = o.view(batch_size, length, num_heads, head_dim).transpose(1, 2)
-    return o, replace(state, position=end % mini_batch_size)
+            outputs.append(o)
+        o = torch.cat(outputs, dim=1)
+    pending = {name: getattr(state, name).contiguous() for name in state.pending_rows}
+    return from_grid(o), replace(state, position=end % mini_batch_size, **pending)
 
 
 def _rows_and_ranks(q, attention_mask, cu_seqlens):
@@ -316,101 +302,162 @@ def _rows_and_ranks(q, attention_mask, cu_seqlens):
     if attention_mask is None:
         return row, token.repeat(batch_size), torch.full((batch_size,), length, device=q.device)
     mask = attention_mask.to(q.device, torch.bool)
-    rank = torch.where(mask, mask.long().cumsum(1) - 1, -1 - length)
+    rank = torch.where(mask, mask.long().cumsum(1) - 1, -1)
     return row, rank.view(-1), mask.sum(1)
 
 
+def _grid(q, row, rank, position, end, mini_batch_size):
+    """
+    The layout of B * T tokens as N mini-batches: a function from `[B, H, T, d]` to N tensors `[R, m, H, d]`, which are
+    0 where no token is, one from outputs `[R, N * m, H, d]` back to `[B, H, T, d]`, and N.
+    """
+    batch_size, num_heads, length, _ = q.shape
+    rows = position.shape[0]
+    # the number of mini-batches must not depend on data where that would break the compiled graph
+    longest = length + mini_batch_size - 1 if torch.compiler.is_compiling() else int(end.max())
+    num_mini_batches = max(-(-longest // mini_batch_size), 1)
+    num_slots = num_mini_batches * mini_batch_size
+    slot = position[row] + rank  # [B * T]
+
+    if not torch.compiler.is_compiling() and rows == batch_size and _is_aligned(slot, num_slots):
+        return (
+            lambda x: x.transpose(1, 2).unflatten(1, (num_mini_batches, mini_batch_size)).unbind(1),
+            lambda o: o.transpose(1, 2),
+            num_mini_batches,
+        )
+
+    valid = rank >= 0
+    index = torch.where(valid, row * num_slots + slot, rows * num_slots)  # padding goes into a last row
+
+    def to_grid(x):
+        x = x.transpose(1, 2).reshape(batch_size * length, num_heads, -1)
+        grid = x.new_zeros(rows * num_slots + 1, *x.shape[1:]).index_copy(0, index, x)
+        return grid[:-1].view(rows, num_mini_batches, mini_batch_size, *x.shape[1:]).unbind(1)
+
+    def from_grid(o):
+        o = o.flatten(0, 1).index_select(0, torch.where(valid, index, 0)) * valid.to(o.dtype)[:, None, None]
+        return o.view(batch_size, length, *o.shape[1:]).transpose(1, 2)
+
+    return to_grid, from_grid, num_mini_batches
+
+
+def _is_aligned(slot, num_slots):
+    """Whether every slot holds a token, in order."""
+    if slot.numel() % num_slots != 0:
+        return False
+    return bool((slot.view(-1, num_slots) == torch.arange(num_slots, device=slot.device)).all())
+
+
 # A mini-batch of the inner loop. Its r new rows stand at the positions `slot` [B, r] of m: all m of them in a prefill,
-# one in a decode. Rows without a token have lr 0, so that they change nothing. `complete` [B] says which rows of the
-# batch have their mini-batch filled by it, and step on to the next.
+# one in a decode. Rows without a token are 0, with lr 0, so that they change nothing. `complete` [B] says which rows of
+# the batch have their mini-batch filled by it, and step on to the next; `has_pending`, whether the state's pending rows
+# are other than 0. `reach` [B, 1, r, m] is s_i where j <= i, else 0; `step` is s of the last position.
 
 
-def _linear_mini_batch(q, k, v, lr, slot, scale, norm, state, complete):
+def _linear_mini_batch(q, k, v, lr, slot, reach, step, norm, state, complete, has_pending):
     ln_weight, ln_bias = (x.unsqueeze(1) for x in norm)  # [H, 1, D]
-    z1 = k @ state.W1 + state.b1  # [B, H, r, D]
-    u1 = lr * _layer_norm_l2_grad(z1, v - k, ln_weight, ln_bias)
+    z1 = _affine(k, state.W1, state.b1)  # [B, H, r, D]
+    u1 = lr * _layer_norm_l2_grad(z1, v, k, ln_weight, ln_bias)
+    if has_pending:
+        k, u1 = _place(k, state.k, slot), _place(u1, state.u1, slot)  # [B, H, m, D]
+    z1 = _stepped_affine(q, state.W1, state.b1, k, u1, reach)
+    o = _residual_layer_norm(q, z1, ln_weight, ln_bias)
 
-    k, u1 = state.k + _place(k, slot, scale), state.u1 + _place(u1, slot, scale)  # [B, H, m, D]
-    reach = _reach(slot, scale)  # [B, 1, r, m]
-    z1 = q @ state.W1 + state.b1 - ((q @ k.mT + 1) * reach) @ u1
-    o = q + _layer_norm(z1) * ln_weight + ln_bias
-
-    pending = {"k": k, "u1": u1}
     if not _any(complete):
-        return o, replace(state, **pending)
-    step = _step(complete, scale)  # [B, 1, 1, 1]
-    W1 = state.W1 - step * (k.mT @ u1)
-    b1 = state.b1 - step * u1.sum(2, keepdim=True)
-    return o, replace(state, W1=W1, b1=b1, **_drop(pending, complete))
+        return o, replace(state, k=k, u1=u1)
+    W1, b1 = _descend(state.W1, state.b1, k, u1, complete, step)
+    k, u1 = _drop((k, u1), complete)
+    return o, replace(state, W1=W1, b1=b1, k=k, u1=u1)
 
 
-def _mlp_mini_batch(q, k, v, lr, slot, scale, norm, state, complete):
+def _mlp_mini_batch(q, k, v, lr, slot, reach, step, norm, state, complete, has_pending):
     ln_weight, ln_bias = (x.unsqueeze(1) for x in norm)  # [H, 1, D]
-    z1 = k @ state.W1 + state.b1  # [B, H, r, F]
+    z1 = _affine(k, state.W1, state.b1)  # [B, H, r, F]
     x2 = _gelu(z1)
-    z2 = x2 @ state.W2 + state.b2  # [B, H, r, D]
-    grad2 = _layer_norm_l2_grad(z2, v - k, ln_weight, ln_bias)
+    z2 = _affine(x2, state.W2, state.b2)  # [B, H, r, D]
+    grad2 = _layer_norm_l2_grad(z2, v, k, ln_weight, ln_bias)
     u1 = lr * _gelu_grad(grad2 @ state.W2.mT, z1)
     u2 = lr * grad2
+    if has_pending or not _all(complete):
+        x2 = x2 * (lr != 0)  # gelu(b1) where no token is
+    if has_pending:
+        k, u1 = _place(k, state.k, slot), _place(u1, state.u1, slot)  # [B, H, m, D], [B, H, m, F]
+        x2, u2 = _place(x2, state.x2, slot), _place(u2, state.u2, slot)  # [B, H, m, F], [B, H, m, D]
+    q2 = _gelu(_stepped_affine(q, state.W1, state.b1, k, u1, reach))  # [B, H, r, F]
+    z2 = _stepped_affine(q2, state.W2, state.b2, x2, u2, reach)
+    o = _residual_layer_norm(q, z2, ln_weight, ln_bias)
 
-    k, u1 = state.k + _place(k, slot, scale), state.u1 + _place(u1, slot, scale)
-    # An empty row's x2 is gelu(b1) where it is placed, which its u2 of 0 makes harmless.
-    x2, u2 = state.x2 + _place(x2 * (lr != 0), slot, scale), state.u2 + _place(u2, slot, scale)
-    reach = _reach(slot, scale)
-    q2 = _gelu(q @ state.W1 + state.b1 - ((q @ k.mT + 1) * reach) @ u1)  # [B, H, r, F]
-    z2 = q2 @ state.W2 + state.b2 - ((q2 @ x2.mT + 1) * reach) @ u2
-    o = q + _layer_norm(z2) * ln_weight + ln_bias
-
-    pending = {"k": k, "u1": u1, "x2": x2, "u2": u2}
     if not _any(complete):
-        return o, replace(state, **pending)
-    step = _step(complete, scale)
-    W1 = state.W1 - step * (k.mT @ u1)
-    b1 = state.b1 - step * u1.sum(2, keepdim=True)
-    W2 = state.W2 - step * (x2.mT @ u2)
-    b2 = state.b2 - step * u2.sum(2, keepdim=True)
-    return o, replace(state, W1=W1, b1=b1, W2=W2, b2=b2, **_drop(pending, complete))
+        return o, replace(state, k=k, u1=u1, x2=x2, u2=u2)
+    W1, b1 = _descend(state.W1, state.b1, k, u1, complete, step)
+    W2, b2 = _descend(state.W2, state.b2, x2, u2, complete, step)
+    k, u1, x2, u2 = _drop((k, u1, x2, u2), complete)
+    return o, replace(state, W1=W1, b1=b1, W2=W2, b2=b2, k=k, u1=u1, x2=x2, u2=u2)
+
+
+# A branch on data cannot be compiled. Both ways of the branches below give the same, one with less work.
 
 
 def _any(flags):
-    # A branch on data cannot be compiled; what it skips changes nothing where no flag is set.
     return torch.compiler.is_compiling() or bool(flags.any())
 
 
-def _place(rows, slot, scale):
-    """`rows` [B, H, r, d] at their positions `slot` among m rows of 0."""
-    mini_batch_size = scale.shape[0]
-    if rows.shape[2] == mini_batch_size:
-        return rows
-    one_hot = (slot[..., None] == torch.arange(mini_batch_size, device=slot.device)).to(rows)  # [B, r, m]
-    return one_hot.mT.unsqueeze(1) @ rows
+def _all(flags):
+    return not torch.compiler.is_compiling() and bool(flags.all())
+
+
+def _place(rows, pending, slot):
+    """`rows` [B, H, r, d] at their positions among the m of `pending`."""
+    if rows.shape[2] == pending.shape[2]:
+        return pending + rows
+    here = slot == torch.arange(pending.shape[2], device=slot.device)  # [B, m]
+    return torch.where(here[:, None, :, None], rows, pending)
 
 
 def _reach(slot, scale):
-    """s_i for j <= i, else 0: [B, 1, r, m]."""
     earlier = torch.arange(scale.shape[0], device=slot.device) <= slot[..., None]
     return (scale[slot][..., None] * earlier).unsqueeze(1)
 
 
-def _step(complete, scale):
-    return (complete * scale[-1])[:, None, None, None]
-
-
 def _drop(pending, complete):
-    keep = ~complete[:, None, None, None]
-    return {name: rows * keep for name, rows in pending.items()}
+    """`pending` without the rows of mini-batches that are complete."""
+    if _all(complete):
+        return tuple(rows.new_zeros(1).expand(rows.shape) for rows in pending)
+    return tuple(rows * ~complete[:, None, None, None] for rows in pending)
 
 
-def _layer_norm(x):
-    return torch.native_layer_norm(x, (x.shape[-1],), None, None, LAYER_NORM_EPS)[0]
+def _baddbmm(x, a, b, alpha=1):
+    """x + alpha * a @ b over [B, H, ...], in one pass."""
+    shape = (*a.shape[:-1], b.shape[-1])
+    return torch.baddbmm(x.flatten(0, 1), a.flatten(0, 1), b.flatten(0, 1), alpha=alpha).view(shape)
 
 
-def _layer_norm_l2_grad(z, target, weight, bias):
-    """d/dz of 1/2 || LN(z) - target ||^2."""
-    normalized, mean, rstd = torch.native_layer_norm(z, (z.shape[-1],), None, None, LAYER_NORM_EPS)
-    error = (normalized * weight + bias - target) * weight
+def _affine(x, W, b):
+    return _baddbmm(b, x, W)
+
+
+def _stepped_affine(x, W, b, keys, u, reach):
+    """x under the inner layer as each row of x finds it, after the steps of all rows before."""
+    return _baddbmm(_affine(x, W, b), torch.addcmul(reach, x @ keys.mT, reach), u, alpha=-1)
+
+
+def _descend(W, b, keys, u, complete, step):
+    """The inner layer after the step of a mini-batch, where it is complete."""
+    u = u * (complete * step)[:, None, None, None]
+    return _baddbmm(W, keys.mT, u, alpha=-1), b - u.sum(2, keepdim=True)
+
+
+def _residual_layer_norm(x, z, weight, bias):
+    return torch.addcmul(x + bias, torch.native_layer_norm(z, (z.shape[-1],), None, None, LAYER_NORM_EPS)[0], weight)
+
+
+def _layer_norm_l2_grad(z, v, k, weight, bias):
+    """d/dz of 1/2 || LN(z) - (v - k) ||^2."""
+    shape = (z.shape[-1],)
+    normalized, mean, rstd = torch.native_layer_norm(z, shape, None, None, LAYER_NORM_EPS)
+    error = torch.addcmul(torch.addcmul(weight * bias, k - v, weight), normalized, weight * weight)
     return torch.ops.aten.native_layer_norm_backward(
-        error, z, (z.shape[-1],), mean, rstd, None, None, (True, False, False)
+        error, z, shape, mean, rstd, None, None, (True, False, False)
     )[0]
 
 
