@@ -35,6 +35,7 @@ from .layers_ttt_omni import (
     TTTOutputGate,
     TTTTokenScale,
 )
+from .memory_ttt_omni import TTTOmniMemoryMixin
 from .vocoder_ttt_omni import TTTOmniVocoder
 
 
@@ -479,7 +480,7 @@ class TTTOmniCausalLMOutputWithPast(CausalLMOutputWithPast):
     last_hidden_state: torch.FloatTensor | None = None
 
 
-class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin):
+class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmniMemoryMixin):
     """TTT-Omni with its language-model head, speech decoder and vocoder."""
 
     _keep_in_fp32_modules_strict = [*TTTOmniPreTrainedModel._keep_in_fp32_modules_strict, "vocoder"]
