@@ -88,12 +88,12 @@ def inner_grad(z, c, w, lr, D: tl.constexpr):
 
     All sums over a row are taken at once, so that a step of the chain waits for one reduction only.
     """
-    w2 = w * w
+    wwz = w * w * z
     rstd = tl.rsqrt(tl.sum(z * z, axis=1) / D + EPS)
-    mean_e = (rstd * tl.sum(w2 * z, axis=1) + tl.sum(c, axis=1)) / D
-    mean_ex = rstd * (rstd * tl.sum(w2 * z * z, axis=1) + tl.sum(c * z, axis=1)) / D
-    scaled = z * (rstd[:, None] * (w2 - mean_ex[:, None]))
-    return (lr * rstd)[:, None] * (scaled + c - mean_e[:, None])
+    mean_e = (rstd * tl.sum(wwz, axis=1) + tl.sum(c, axis=1)) / D
+    mean_ex = rstd * (rstd * tl.sum(wwz * z, axis=1) + tl.sum(c * z, axis=1)) / D
+    scale = lr * rstd
+    return (scale * rstd)[:, None] * (wwz - mean_ex[:, None] * z) + scale[:, None] * (c - mean_e[:, None])
 
 
 @triton.jit

@@ -73,21 +73,29 @@ def chain_forward(
     tl.store(pending_k_out + state * M * D + matrix(M, D), k_n.to(tl.float32) * (1 - complete))
     tl.store(pending_u1_out + state * M * D + matrix(M, D), u * (1 - complete))
 
+    # The model takes a step at the start of the next turn: a product that led to another one within a turn would be
+    # laid out over the rows alone, of which there are too few for 8 warps.
+    step = tl.zeros([M, D], k_n.dtype)
     for n in range(1, end // M):
+        rows = tl.maximum(n * M - M, M) + slots.to(tl.int64)
+        k_n = tl.load(k + rows[:, None] * stride_t + d[None, :])
+        W = dot(tl.trans(k_n), step, W)
         if n % G == 0:
             tl.store(W1_group + (n // G) * D * D + matrix(D, D), W)
             tl.store(b1_group + (n // G) * D + d, b)
-        rows = (n * M + slots).to(tl.int64)
+        rows = n * M + slots.to(tl.int64)
         k_n = tl.load(k + rows[:, None] * stride_t + d[None, :])
         v_n = tl.load(v + rows[:, None] * stride_t + d[None, :])
-        c = (bias - v_n.to(tl.float32) + k_n.to(tl.float32)) * w
+        c = (k_n.to(tl.float32) - v_n.to(tl.float32)) * w + bias * w
         lr_n = tl.load(lr + rows * lr_stride_t).to(tl.float32)
         z = dot(k_n, W.to(k_n.dtype), tl.zeros([M, D], tl.float32) + b[None, :])
         u = inner_grad(z, c, w, lr_n, D)
         tl.store(u1 + rows[:, None] * D + d[None, :], u.to(u1.dtype.element_ty))
-        step = u * -last_scale
-        W = dot(tl.trans(k_n), step.to(k_n.dtype), W)
-        b += tl.sum(step, axis=0)
+        u *= -last_scale
+        b += tl.sum(u, axis=0)
+        step = u.to(k_n.dtype)
+    rows = end // M * M - M + slots
+    W = dot(tl.trans(load_rows(k, stride_t, rows, rows >= M, D)), step, W)
 
     if (end >= M) & (end % M != 0):  # the last mini-batch, not yet complete
         n = end // M
@@ -304,16 +312,23 @@ def chain_backward(
 
     dW = tl.load(dW1_out + state * D * D + matrix(D, D))
     db = tl.load(db1_out + state * D + d)
+    dz_n = tl.zeros([M, D], k.dtype.element_ty)
     for i in range(0, last + 1):
         n = last - i
+        # The gradient that the mini-batch after this one has left; at the start of the turn as in `chain_forward`.
+        slots = n * M + M + tl.arange(0, M)
+        dz_q_n = load_rows(dz_q, D, slots, slots < end, D)
+        dW = dot(tl.trans(load_rows(k, stride_t, slots, slots < end, D)), dz_n, dW)
+        dW = dot(tl.trans(load_rows(q, stride_t, slots, slots < end, D)), dz_q_n, dW)
+        db += tl.sum(dz_n.to(tl.float32) + dz_q_n.to(tl.float32), axis=0)
         if (n % G == G - 1) | (n == last):
             tl.store(dW1_group + (n // G) * D * D + matrix(D, D), dW)
             tl.store(db1_group + (n // G) * D + d, db)
+
         slots = n * M + tl.arange(0, M)
         exists = slots < end
         valid = (slots >= taken) & exists
         k_n = load_rows(k, stride_t, slots, valid, D)
-        q_n = load_rows(q, stride_t, slots, valid, D)
         du = load_rows(du1, D, slots, exists, D).to(tl.float32)
         if n == 0:
             k_n += load_rows(pending_k + state * M * D, D, slots, slots < taken, D).to(k_n.dtype)
@@ -326,15 +341,17 @@ def chain_backward(
         x_n = load_rows(x, D, slots, exists, D).to(tl.float32)
         e_n = load_rows(e, D, slots, exists, D).to(tl.float32)
         lr_n = tl.load(lr + slots * lr_stride_t, mask=valid, other=0.0).to(tl.float32)
-        dz_n, de_n, dlr_n = inner_grad_backward(du, x_n, e_n, w2, mean_w2, lr_n, statistics, slots, exists, D)
-        dz_n = dz_n.to(k_n.dtype)
+        dz_i, de_i, dlr_i = inner_grad_backward(du, x_n, e_n, w2, mean_w2, lr_n, statistics, slots, exists, D)
+        dz_n = dz_i.to(k_n.dtype)
         store_rows(dz, D, slots, exists, dz_n, D)
-        store_rows(de, D, slots, exists, de_n, D)
-        tl.store(dlr + slots * lr_stride_t, dlr_n.to(dlr.dtype.element_ty), mask=valid)
-        dz_q_n = load_rows(dz_q, D, slots, exists, D)
-        dW = dot(tl.trans(k_n), dz_n, dW)
-        dW = dot(tl.trans(q_n), dz_q_n, dW)
-        db += tl.sum(dz_n.to(tl.float32) + dz_q_n.to(tl.float32), axis=0)
+        store_rows(de, D, slots, exists, de_i, D)
+        tl.store(dlr + slots * lr_stride_t, dlr_i.to(dlr.dtype.element_ty), mask=valid)
+    slots = tl.arange(0, M)
+    valid = (slots >= taken) & (slots < end)
+    dz_q_n = load_rows(dz_q, D, slots, slots < end, D)
+    dW = dot(tl.trans(load_rows(k, stride_t, slots, valid, D)), dz_n, dW)
+    dW = dot(tl.trans(load_rows(q, stride_t, slots, valid, D)), dz_q_n, dW)
+    db += tl.sum(dz_n.to(tl.float32) + dz_q_n.to(tl.float32), axis=0)
     tl.store(dW1 + state * D * D + matrix(D, D), dW)
     tl.store(db1 + state * D + d, db)
 
