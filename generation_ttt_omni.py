@@ -1,13 +1,15 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 """Generation of text and speech."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers import Cache, GenerationConfig, GenerationMixin
+from transformers import AutoTokenizer, Cache, GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from .configuration_ttt_omni import audio_embedding_lengths
+from .streaming_ttt_omni import TTTOmniStreamer, TTTOmniStreamEvent, check_speaks, decode_steps
 
 
 @dataclass
@@ -67,12 +69,17 @@ class TTTOmniGenerationMixin(GenerationMixin):
         if kwargs.get("input_features") is not None:
             kwargs.update(self._embed_prompt(input_ids, **kwargs))
             kwargs = {key: value for key, value in kwargs.items() if not key.startswith("input_features")}
+        state_sinks = []
+        if hasattr(kwargs.get("streamer"), "put_state"):  # a `TTTOmniStreamer`, maybe of another copy of this code
+            kwargs["streamer"].eos_token_ids = self._eos_token_ids(generation_config, kwargs)
+            state_sinks.append(kwargs["streamer"].put_state)
         if not return_audio:
-            return super().generate(input_ids, generation_config, **kwargs)
+            return super().generate(input_ids, generation_config, state_sinks=state_sinks, **kwargs)
 
         speech_states = []
+        state_sinks.append(speech_states.append)
         kwargs["return_dict_in_generate"] = True
-        outputs = super().generate(input_ids, generation_config, speech_states=speech_states, **kwargs)
+        outputs = super().generate(input_ids, generation_config, state_sinks=state_sinks, **kwargs)
         prompt_length = 0 if input_ids is None else input_ids.shape[1]
         new_tokens = outputs.sequences[:, prompt_length:]
         states = self._answer_states(outputs, speech_states)
@@ -81,6 +88,65 @@ class TTTOmniGenerationMixin(GenerationMixin):
         waveform = [self.vocoder(row) for row in units] if self.config.vocoder_config is not None else None
         fields = {name: value for name, value in outputs.items() if name in TTTOmniGenerateOutput.__annotations__}
         return TTTOmniGenerateOutput(units=units, waveform=waveform, **fields)
+
+    def stream(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        first_chunk_size: int = 10,
+        chunk_size: int = 40,
+        **kwargs,
+    ) -> Iterator[TTTOmniStreamEvent]:
+        """
+        Generate one answer, and speak while it comes. Joined, the waveforms are that of `generate(return_audio=True)`.
+
+        Generation advances while the returned generator is iterated over, and ends with it; `close()` ends it early.
+
+        Args:
+            inputs, generation_config, kwargs: as in [`generate`], for one row and without beams.
+            tokenizer: by default that in the folder or repository from which the model was loaded.
+            first_chunk_size: speech units to wait for until there is a first sound; fewer make it come sooner.
+            chunk_size: units to wait for afterwards; more cost less.
+
+        Returns:
+            A generator of [`TTTOmniStreamEvent`], one per token and one at the end, with a piece of text or waveform,
+            both or none.
+
+        Raises:
+            ValueError: if the model does not speak, a chunk has no units, or there is no tokenizer; with the first
+                event, if there are several rows.
+        """
+        check_speaks(self)
+        if tokenizer is None:
+            tokenizer = self._own_tokenizer()
+        events = []
+        streamer = TTTOmniStreamer(self, events.append, tokenizer, first_chunk_size, chunk_size)
+        return self._stream(streamer, events, inputs, generation_config, kwargs)
+
+    @torch.no_grad()
+    def _stream(self, streamer, events, inputs, generation_config, kwargs):
+        steps = self.generate(inputs, generation_config, streamer=streamer, custom_generate=decode_steps, **kwargs)
+        for token in steps:
+            streamer.put(token.cpu())
+            yield from events
+            events.clear()
+        streamer.end()
+        yield from events
+
+    def _own_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer in the folder or repository from which this model was loaded."""
+        if getattr(self, "_tokenizer", None) is None:
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    self.config.name_or_path, revision=getattr(self.config, "_commit_hash", None)
+                )
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"There is no tokenizer at {self.config.name_or_path!r}, from which this model was loaded: pass "
+                    "`tokenizer=processor.tokenizer`."
+                ) from error
+        return self._tokenizer
 
     def speak(self, hidden_states: torch.Tensor) -> torch.LongTensor:
         """The units `[U]` that the speech decoder makes of one row's `hidden_states` `[T, hidden_size]`."""
@@ -144,7 +210,7 @@ class TTTOmniGenerationMixin(GenerationMixin):
         past_key_values: Cache | None = None,
         prompt_embeds: torch.Tensor | None = None,
         prompt_start: int = 0,
-        speech_states: list[torch.Tensor] | None = None,
+        state_sinks: list[Callable[[torch.Tensor], None]] | None = None,
         **kwargs,
     ) -> dict:
         model_inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
@@ -160,8 +226,8 @@ class TTTOmniGenerationMixin(GenerationMixin):
         return model_inputs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
-        if model_kwargs.get("speech_states") is not None:
-            model_kwargs["speech_states"].append(outputs.last_hidden_state[:, -1])
+        for put_state in model_kwargs.get("state_sinks") or []:
+            put_state(outputs.last_hidden_state[:, -1])
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
 
 

@@ -267,10 +267,15 @@ class TTTOmniSpeechDecoder(TTTOmniDecoderStack):
         hidden_states = self.run_layers(hidden_states, frame_mask, None, past_key_values)
         return self.output_proj(hidden_states).float()
 
-    def collapse(self, frames: torch.LongTensor) -> torch.LongTensor:
-        """The units `[U]` that the frames `[F]` of one row say: repeats merged, blanks dropped."""
-        units = torch.unique_consecutive(frames)
-        return units[units != self.blank_id]
+    def collapse(self, frames: torch.LongTensor, previous: torch.LongTensor | None = None) -> torch.LongTensor:
+        """
+        The units `[U]` that the frames `[F]` of one row say: repeats merged, blanks dropped. `previous` `[1]` is the
+        frame before, whose unit goes on without being said again.
+        """
+        if previous is None:
+            previous = frames.new_tensor([self.blank_id])
+        begins = frames != torch.cat([previous, frames[:-1]])
+        return frames[begins & (frames != self.blank_id)]
 
     def ctc_loss(
         self, hidden_states: torch.Tensor, labels: torch.LongTensor, unit_labels: torch.LongTensor

@@ -3,3 +3,47 @@ import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors, and several workers on few cores
+
+from pathlib import Path
+
+import pytest
+
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """A checkpoint in LLaMA-Omni's layout, and what the original code computes from it."""
+    return GOLDENS / "llama_omni_tiny"
+
+
+@pytest.fixture(scope="session")
+def parts(goldens) -> dict[str, Path]:
+    """The arguments that `convert_llama_omni` needs for that checkpoint besides source and output."""
+    return {
+        "whisper": goldens / "whisper.pt",
+        "vocoder": goldens / "vocoder.pt",
+        "vocoder_config": goldens / "vocoder_config.json",
+    }
+
+
+@pytest.fixture(scope="session")
+def golden_model_dir(goldens, parts, tmp_path_factory) -> Path:
+    """That checkpoint converted in float32, with TTT beside attention in the upper half of its layers."""
+    from ttt_omni.conversion import convert_llama_omni
+
+    output = tmp_path_factory.mktemp("golden") / "model"
+    convert_llama_omni(goldens, output, **parts, layers="2-3", dtype="float32")
+    return output
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory) -> Path:
+    """What `ttt-omni make-tiny` makes; its source is in `llama-omni` there."""
+    from ttt_omni.conversion import make_tiny
+
+    output = tmp_path_factory.mktemp("tiny") / "model"
+    make_tiny(output)
+    return output
