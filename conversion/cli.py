@@ -28,7 +28,8 @@ def main(argv: list[str] | None = None) -> None:
     """Runs a command. Exits with one line on stderr and 1 for bad input, 2 for bad usage, or 130 for Ctrl-C."""
     arguments = vars(_parser().parse_args(argv))
     command = arguments.pop("command")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both clean up
+    for number in (signal.SIGINT, signal.SIGTERM):  # the former may be ignored where a script started us
+        signal.signal(number, signal.default_int_handler)
     try:
         command(**arguments)
     except KeyboardInterrupt:
