@@ -276,9 +276,15 @@ class TTTOmniVocoderConfig(PreTrainedConfig):
             f"`upsample_kernel_sizes` must have one entry per entry of `upsample_rates` ({len(self.upsample_rates)}), "
             f"got {len(self.upsample_kernel_sizes)}.",
         )
+        for field in ("unit_vocab_size", "unit_embed_dim", "duration_predictor_hidden_dim", "sampling_rate"):
+            _require(getattr(self, field) >= 1, f"`{field}` must be at least 1, got {getattr(self, field)}.")
+        _require(
+            all(size % 2 == 1 for size in self.resblock_kernel_sizes),
+            f"`resblock_kernel_sizes` must be odd, got {list(self.resblock_kernel_sizes)}.",
+        )
         for rate, kernel_size in zip(self.upsample_rates, self.upsample_kernel_sizes):
             _require(
-                kernel_size >= rate and (kernel_size - rate) % 2 == 0,
+                rate >= 1 and kernel_size >= rate and (kernel_size - rate) % 2 == 0,
                 f"`upsample_kernel_sizes` ({kernel_size}) must exceed `upsample_rates` ({rate}) by an even number.",
             )
         _require(

@@ -1,0 +1,325 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+"""The inner loop of TTT against ttt-lm-pytorch, and the contract of its state."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from ttt_omni import TTTLinearState, TTTMLPState, ttt_linear, ttt_mlp
+
+
+OPS = {"linear": (ttt_linear, TTTLinearState), "mlp": (ttt_mlp, TTTMLPState)}
+GOLDENS = ["mb16_len16", "mb16_len75", "mb64_len200"]
+TTT_TYPES = pytest.mark.parametrize("ttt_type", ["linear", "mlp"])
+properties = settings(max_examples=40, deadline=None)
+
+
+def random_inputs(ttt_type, seed, rows, heads=2, length=20, head_dim=8, mini_batch_size=4, dtype=torch.float32):
+    """Inputs of an op with the scales that a graft has: q, k of norm sqrt(D), W1 of 0.02."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    q, k, v = (randn(rows, heads, length, head_dim) for _ in range(3))
+    lr = torch.sigmoid(randn(rows, heads, length)) / head_dim
+    scale = torch.full((mini_batch_size,), mini_batch_size**-0.5, dtype=dtype)
+    norm = 1 + 0.1 * randn(heads, head_dim), 0.1 * randn(heads, head_dim)
+    width = 4 * head_dim
+    shapes = {
+        "linear": [(head_dim, head_dim), (1, head_dim)],
+        "mlp": [(head_dim, width), (1, width), (width, head_dim), (1, head_dim)],
+    }
+    initial = [0.2 * randn(heads, *shape) for shape in shapes[ttt_type]]
+    return (q, k, v, lr), (scale, *norm), initial
+
+
+def tensors(state):
+    return {field.name: getattr(state, field.name) for field in fields(state)}
+
+
+def assert_states_close(state, expected, tolerance):
+    for name, value in tensors(expected).items():
+        torch.testing.assert_close(tensors(state)[name], value, rtol=tolerance, atol=tolerance)
+
+
+def run_in_chunks(op, tokens, parameters, state, lengths, **masks):
+    outputs, start = [], 0
+    for length in lengths:
+        chunk = slice(start, start + length)
+        chunk_masks = {name: mask[:, chunk] for name, mask in masks.items()}
+        o, state = op(*(x[:, :, chunk] for x in tokens), *parameters, state, **chunk_masks)
+        outputs.append(o)
+        start += length
+    return torch.cat(outputs, dim=2), state
+
+
+def cut(length, cuts):
+    bounds = [0, *sorted({c % (length + 1) for c in cuts}), length]
+    return [b - a for a, b in zip(bounds, bounds[1:])]
+
+
+@TTT_TYPES
+@pytest.mark.parametrize("case", GOLDENS)
+def test_equals_ttt_lm(goldens, ttt_type, case):
+    golden = load_file(goldens.parent / "ttt" / f"ttt_{ttt_type}_{case}.safetensors")
+    op, state_class = OPS[ttt_type]
+    tokens = golden["q"], golden["k"], golden["v"], golden["lr"].squeeze(-1)
+    scale = golden["token_scale"].flatten()
+    parameters = scale, golden["param.ttt_norm_weight"], golden["param.ttt_norm_bias"]
+    names = [field.name for field in fields(state_class) if f"init_{field.name}" in golden]
+    state = state_class.initial(*(golden[f"init_{name}"] for name in names), batch_size=golden["q"].shape[0])
+
+    o, last = op(*tokens, *parameters, state)
+    torch.testing.assert_close(o, golden["o"], rtol=1e-9, atol=1e-9)
+    for name in names:
+        torch.testing.assert_close(getattr(last, name), golden[f"last_full_{name}"], rtol=1e-9, atol=1e-9)
+    assert last.position.tolist() == [golden["q"].shape[2] % len(scale)] * golden["q"].shape[0]
+
+    decoded, decoded_last = run_in_chunks(op, tokens, parameters, state, [1] * golden["q"].shape[2])
+    torch.testing.assert_close(decoded, golden["o"], rtol=1e-9, atol=1e-9)
+    assert_states_close(decoded_last, last, 1e-12)
+
+
+@TTT_TYPES
+@properties
+@given(
+    seed=st.integers(0, 2**31),
+    length=st.integers(0, 30),
+    cuts=st.lists(st.integers(0, 30), max_size=8),
+    mini_batch_size=st.integers(1, 9),
+)
+def test_any_split_is_the_same(ttt_type, seed, length, cuts, mini_batch_size):
+    op, state_class = OPS[ttt_type]
+    tokens, parameters, initial = random_inputs(
+        ttt_type, seed, rows=2, length=length, mini_batch_size=mini_batch_size
+    )
+    state = state_class.initial(*initial, batch_size=2)
+    o, last = op(*tokens, *parameters, state)
+    for lengths in (cut(length, cuts), [1] * length):
+        if lengths:
+            chunked, chunked_last = run_in_chunks(op, tokens, parameters, state, lengths)
+            torch.testing.assert_close(chunked, o, rtol=1e-5, atol=1e-5)
+            assert_states_close(chunked_last, last, 1e-5)
+
+
+@TTT_TYPES
+@properties
+@given(
+    seed=st.integers(0, 2**31),
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=4),
+    cuts=st.lists(st.integers(0, 20), max_size=5),
+    data=st.data(),
+)
+def test_padding_changes_nothing(ttt_type, seed, lengths, cuts, data):
+    """On the left, on the right, or anywhere, in one chunk or in several; its content is NaN."""
+    op, state_class = OPS[ttt_type]
+    total = max(max(lengths), 1) + 3
+    tokens, parameters, initial = random_inputs(ttt_type, seed, rows=len(lengths), length=total)
+    columns = [
+        sorted(data.draw(st.permutations(range(total)))[:length])
+        if data.draw(st.booleans())
+        else list(range(total - length, total) if data.draw(st.booleans()) else range(length))
+        for length in lengths
+    ]
+    mask = torch.zeros(len(lengths), total, dtype=torch.long)
+    for row, tokens_of_row in enumerate(columns):
+        mask[row, tokens_of_row] = 1
+    padded = [x.masked_fill((mask == 0).view(len(lengths), 1, total, *[1] * (x.ndim - 3)), torch.nan) for x in tokens]
+    state = state_class.initial(*initial, batch_size=len(lengths))
+    o, last = run_in_chunks(op, padded, parameters, state, cut(total, cuts) or [total], attention_mask=mask)
+    assert not o.isnan().any()
+    for row, tokens_of_row in enumerate(columns):
+        alone, alone_last = op(
+            *(x[row : row + 1][:, :, tokens_of_row] for x in tokens),
+            *parameters,
+            state_class.initial(*initial, batch_size=1),
+        )
+        torch.testing.assert_close(o[row : row + 1][:, :, tokens_of_row], alone, rtol=1e-5, atol=1e-5)
+        if tokens_of_row:
+            assert_states_close(last.select(torch.tensor([row])), alone_last, 1e-5)
+
+
+@TTT_TYPES
+@properties
+@given(
+    seed=st.integers(0, 2**31),
+    steps=st.lists(st.tuples(st.integers(1, 6), st.lists(st.integers(0, 2), min_size=3, max_size=3)), max_size=5),
+)
+def test_beams(ttt_type, seed, steps):
+    """Rows reordered between chunks are those of the tokens that each of them followed."""
+    op, state_class = OPS[ttt_type]
+    length = sum(step for step, _ in steps) + 1
+    tokens, parameters, initial = random_inputs(ttt_type, seed, rows=3, length=length)
+    state = state_class.initial(*initial, batch_size=1).repeat_interleave(3)
+    history, start = [x[:, :, :0] for x in tokens], 0
+    for step, beams in [*steps, (1, [0, 1, 2])]:
+        chunk = [x[:, :, start : start + step] for x in tokens]
+        o, state = op(*chunk, *parameters, state)
+        history = [torch.cat([past, new], dim=2) for past, new in zip(history, chunk)]
+        start += step
+        last_output = o[beams]
+        state, history = state.select(torch.tensor(beams)), [x[beams] for x in history]
+    expected, expected_state = op(*history, *parameters, state_class.initial(*initial, batch_size=3))
+    torch.testing.assert_close(last_output, expected[:, :, -1:], rtol=1e-5, atol=1e-5)
+    assert_states_close(state, expected_state, 1e-5)
+
+
+@TTT_TYPES
+@properties
+@given(seed=st.integers(0, 2**31), lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5))
+def test_packed_sequences_do_not_see_each_other(ttt_type, seed, lengths):
+    op, state_class = OPS[ttt_type]
+    tokens, parameters, initial = random_inputs(ttt_type, seed, rows=1, length=sum(lengths))
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    o, last = op(*tokens, *parameters, state_class.initial(*initial, batch_size=len(lengths)), cu_seqlens=bounds)
+    for row, (start, end) in enumerate(zip(bounds, bounds[1:])):
+        alone, alone_last = op(
+            *(x[:, :, start:end] for x in tokens), *parameters, state_class.initial(*initial, batch_size=1)
+        )
+        torch.testing.assert_close(o[:, :, start:end], alone, rtol=1e-5, atol=1e-5)
+        assert_states_close(last.select(torch.tensor([row])), alone_last, 1e-5)
+
+
+@TTT_TYPES
+@properties
+@given(seed=st.integers(0, 2**31), length=st.integers(1, 20), back=st.integers(0, 4))
+def test_rewind(ttt_type, seed, length, back):
+    """Back within the mini-batch equals never having gone on; farther raises."""
+    op, state_class = OPS[ttt_type]
+    tokens, parameters, initial = random_inputs(ttt_type, seed, rows=1, length=length)
+    state = state_class.initial(*initial, batch_size=1)
+    _, last = op(*tokens, *parameters, state)
+    if back > length % 4:
+        with pytest.raises(RuntimeError, match="Cannot take back"):
+            last.rewind(back)
+    elif back < length:
+        _, expected = op(*(x[:, :, : length - back] for x in tokens), *parameters, state)
+        assert_states_close(last.rewind(back), expected, 1e-6)
+
+
+@TTT_TYPES
+@properties
+@given(seed=st.integers(0, 2**31), length=st.integers(1, 30), cuts=st.lists(st.integers(0, 30), max_size=6))
+def test_bfloat16_activations(ttt_type, seed, length, cuts):
+    """
+    The state is float32, so that with the same bfloat16 inputs it is as exact as ever. Outputs are rounded to bfloat16
+    once, so that two of them differ by one unit in the last place at most where float32 rounds the other way: 2^-7.
+    """
+    op, state_class = OPS[ttt_type]
+    tokens, parameters, initial = random_inputs(ttt_type, seed, rows=1, length=length)
+    tokens = [x.bfloat16() for x in tokens]
+    state = state_class.initial(*(x.bfloat16() for x in initial), batch_size=1)
+    o, last = op(*tokens, *parameters, state)
+    assert o.dtype == torch.bfloat16
+    assert all(x.dtype == torch.float32 for name, x in tensors(last).items() if name != "position")
+    chunked, chunked_last = run_in_chunks(op, tokens, parameters, state, cut(length, cuts))
+    torch.testing.assert_close(chunked.float(), o.float(), rtol=2**-7, atol=1e-5)
+    assert_states_close(chunked_last, last, 1e-5)
+
+
+@TTT_TYPES
+@pytest.mark.parametrize("group_size", [0, 2])
+def test_gradients_are_exact(ttt_type, group_size):
+    """For every input, parameter and the initial state, across mini-batches and calls."""
+    op, state_class = OPS[ttt_type]
+    lengths = [2, 1, 5]
+    tokens, parameters, initial = random_inputs(
+        ttt_type, 0, rows=1, heads=1, length=sum(lengths), head_dim=3, mini_batch_size=3, dtype=torch.float64
+    )
+    arguments = [x.clone().requires_grad_() for x in (*tokens, *parameters, *initial)]
+
+    def function(q, k, v, lr, scale, weight, bias, *initial):
+        state = state_class.initial(*initial, batch_size=1)
+        outputs, start = [], 0
+        for length in lengths:
+            chunk = (x[:, :, start : start + length] for x in (q, k, v, lr))
+            o, state = op(*chunk, scale, weight, bias, state, checkpoint_group_size=group_size)
+            outputs.append(o)
+            start += length
+        return torch.cat(outputs, dim=2), state.W1, state.b1, state.k, state.u1
+
+    assert torch.autograd.gradcheck(function, arguments, eps=1e-6, atol=1e-6)
+
+
+@TTT_TYPES
+def test_gradients_with_padding_and_packing(ttt_type):
+    op, state_class = OPS[ttt_type]
+    tokens, parameters, initial = random_inputs(ttt_type, 1, rows=1, heads=1, length=9, head_dim=2, dtype=torch.float64)
+    arguments = [x.clone().requires_grad_() for x in (*tokens, *parameters, *initial)]
+    mask = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 1, 0]])
+    bounds = torch.tensor([0, 2, 9])
+
+    def function(q, k, v, lr, scale, weight, bias, *initial):
+        arguments = q, k, v, lr, scale, weight, bias
+        padded, _ = op(*arguments, state_class.initial(*initial, batch_size=1), attention_mask=mask)
+        packed, _ = op(*arguments, state_class.initial(*initial, batch_size=2), cu_seqlens=bounds)
+        return padded, packed
+
+    assert torch.autograd.gradcheck(function, arguments, eps=1e-6, atol=1e-6)
+
+
+@TTT_TYPES
+def test_numerical_safety(ttt_type):
+    op, state_class = OPS[ttt_type]
+    tokens, parameters, initial = random_inputs(ttt_type, 0, rows=2, length=40)
+    state = state_class.initial(*initial, batch_size=2)
+    cases = {
+        "large bfloat16": ([(1e4 * x).bfloat16() if x.ndim == 4 else x for x in tokens], {}),
+        "constant": ([torch.full_like(x, 0.5) for x in tokens], {}),
+        "zero": ([torch.zeros_like(x) for x in tokens], {}),
+        "padding": (tokens, {"attention_mask": torch.zeros(2, 40, dtype=torch.long)}),
+    }
+    for name, (inputs, masks) in cases.items():
+        for start_state in (state, state_class.initial(*(torch.zeros_like(x) for x in initial), batch_size=2)):
+            o, last = op(*inputs, *parameters, start_state, **masks)
+            assert o.isfinite().all(), name
+            assert all(x.isfinite().all() for x in tensors(last).values()), name
+
+
+@TTT_TYPES
+def test_no_token_changes_nothing(ttt_type):
+    op, state_class = OPS[ttt_type]
+    tokens, parameters, initial = random_inputs(ttt_type, 0, rows=2, length=5)
+    _, state = op(*tokens, *parameters, state_class.initial(*initial, batch_size=2))
+    o, same = op(*(x[:, :, :0] for x in tokens), *parameters, state)
+    assert o.shape == (2, 2, 0, 8)
+    assert_states_close(same, state, 0)
+    _, padded = op(*tokens, *parameters, state, attention_mask=torch.zeros(2, 5))
+    assert_states_close(padded, state, 0)
+
+
+@TTT_TYPES
+def test_compiles_without_graph_breaks(ttt_type):
+    op, state_class = OPS[ttt_type]
+    tokens, parameters, initial = random_inputs(ttt_type, 0, rows=2, length=11)
+    state = state_class.initial(*initial, batch_size=2)
+    _, state = op(*(x[:, :, :3] for x in tokens), *parameters, state)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    for length in (8, 1):
+        o, last = op(*(x[:, :, :length] for x in tokens), *parameters, state)
+        compiled_o, compiled_last = compiled(*(x[:, :, :length] for x in tokens), *parameters, state)
+        torch.testing.assert_close(compiled_o, o, rtol=1e-5, atol=1e-5)
+        assert_states_close(compiled_last, last, 1e-5)
+
+
+@TTT_TYPES
+def test_errors_name_what_is_wrong(ttt_type):
+    op, state_class = OPS[ttt_type]
+    (q, k, v, lr), (scale, weight, bias), initial = random_inputs(ttt_type, 0, rows=2, length=5)
+    state = state_class.initial(*initial, batch_size=2)
+    with pytest.raises(ValueError, match="`lr`"):
+        op(q, k, v, lr[..., None], scale, weight, bias, state)
+    with pytest.raises(ValueError, match="`state.W1`"):
+        op(q, k, v, lr, scale, weight, bias, state_class.initial(*initial, batch_size=3))
+    with pytest.raises(ValueError, match="`backend`"):
+        op(q, k, v, lr, scale, weight, bias, state, backend="cuda")
+    with pytest.raises(ValueError, match="`cu_seqlens`"):
+        op(q, k, v, lr, scale, weight, bias, state_class.initial(*initial, batch_size=1), cu_seqlens=torch.tensor([0, 5]))
+    _, state = op(q, k, v, lr, scale, weight, bias, state)
+    with pytest.raises(ValueError, match="`token_scale`"):
+        op(q, k, v, lr, scale[:2], weight, bias, state)
