@@ -19,7 +19,7 @@ SEQUENCE_SHIFT = 40
 
 
 class SlidingWindowLayer(DynamicLayer):
-    """Keys and values of the last `sliding_window - 1` tokens and of the first `attention_sinks` tokens of each row."""
+    """Keys and values of each row's last `sliding_window - 1` and first `attention_sinks` tokens."""
 
     is_croppable = False
 

@@ -163,7 +163,9 @@ class TTTOmniGenerationMixin(GenerationMixin):
         # As in Transformers: with a cache, a mask as long as `input_ids` says that these are the whole conversation.
         is_whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
         if start > 0 and is_whole:
-            is_new = self._is_new_window(input_ids == self.config.audio_token_id, start, input_features, input_features_mask)
+            is_new = self._is_new_window(
+                input_ids == self.config.audio_token_id, start, input_features, input_features_mask
+            )
             input_ids, input_features = input_ids[:, start:], input_features[is_new]
             input_features_mask = None if input_features_mask is None else input_features_mask[is_new]
         if input_features.shape[0] == 0:
@@ -172,7 +174,7 @@ class TTTOmniGenerationMixin(GenerationMixin):
         return {"prompt_embeds": embeds, "prompt_start": start}
 
     def _is_new_window(self, is_audio, start, input_features, input_features_mask):
-        """Which windows `[W]` belong to placeholders from `start` on, of rows with placeholders `is_audio` `[B, T]`."""
+        """Which windows `[W]` belong to placeholders from `start` on; `is_audio` `[B, T]` marks all placeholders."""
         if input_features_mask is None:
             input_features_mask = torch.ones(input_features[:, 0].shape)
         lengths = audio_embedding_lengths(input_features_mask, self.config.audio_downsample).tolist()

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import (
 
 from .cache_ttt_omni import SEQUENCE_SHIFT, SlidingWindowLayer
 from .configuration_ttt_omni import SLIDING_LAYER_TYPES, TTT_LAYER_TYPES, TTTOmniTextConfig
-from .ops_ttt_omni import TTTLinearState, TTTMLPState, TTTState, ttt_linear, ttt_mlp
+from .ops_ttt_omni import TTTLinearState, TTTMLPState, ttt_linear, ttt_mlp
 
 
 class TTTOmniRotaryEmbedding(LlamaRotaryEmbedding):

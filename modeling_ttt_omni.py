@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
@@ -281,17 +282,22 @@ class TTTOmniSpeechDecoder(TTTOmniDecoderStack):
         self, hidden_states: torch.Tensor, labels: torch.LongTensor, unit_labels: torch.LongTensor
     ) -> torch.Tensor:
         """
-        CTC loss per unit, of the hidden states at the positions of the response, unshifted as in the original.
+        CTC loss per unit, of the hidden states at the positions of each response, unshifted as in the original.
 
         Args:
             hidden_states: `[B, T, input_size]`.
-            labels: `[B, T]`, -100 outside of the response.
-            unit_labels: `[B, U]`, padded with -100.
+            labels: `[B, T]`, -100 outside of the responses.
+            unit_labels: `[N, U]`, for each response, padded with -100.
 
         Returns:
             A float32 scalar, 0 where there is nothing to say.
+
+        Raises:
+            ValueError: if there are more responses than rows of units, or fewer.
         """
-        responses = [states[label != -100] for states, label in zip(hidden_states, labels)]
+        responses = [response for row in zip(hidden_states, labels) for response in _responses(*row)]
+        if len(responses) != len(unit_labels):
+            raise ValueError(f"`unit_labels` has {len(unit_labels)} rows for {len(responses)} responses in `labels`.")
         lengths = torch.tensor([len(response) for response in responses], device=hidden_states.device)
         unit_mask = unit_labels != -100
         num_units = unit_mask.sum(1).to(lengths.device)
@@ -311,6 +317,13 @@ class TTTOmniSpeechDecoder(TTTOmniDecoderStack):
             zero_infinity=True,
         )
         return loss / num_units.sum()
+
+
+def _responses(hidden_states: torch.Tensor, labels: torch.LongTensor) -> tuple[torch.Tensor, ...]:
+    """The hidden states `[R, D]` of each response in a row, an unbroken run of labels; an empty one if it has none."""
+    index = (labels != -100).nonzero().flatten()
+    starts = (index.diff() != 1).nonzero().flatten() + 1
+    return hidden_states[index.to(hidden_states.device)].tensor_split(starts.cpu())
 
 
 class TTTOmniAudioEncoder(WhisperEncoder):
@@ -374,8 +387,8 @@ class TTTOmniModel(TTTOmniPreTrainedModel):
             input_features_mask: `[W, 3000]`, 0 for padding whose embeddings are dropped; by default all are kept.
 
         Returns:
-            `last_hidden_state` `[W, 1500, d_model]` of the encoder, and in `pooler_output` the embeddings `[N, hidden_size]` of all
-            windows, joined.
+            `last_hidden_state` `[W, 1500, d_model]` of the encoder, and in `pooler_output` the embeddings
+            `[N, hidden_size]` of all windows, joined.
 
         Raises:
             ValueError: if the model has no audio encoder.
@@ -525,6 +538,7 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
         unit_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        loss_chunk_size: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TTTOmniCausalLMOutputWithPast:
         """
@@ -537,8 +551,10 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
             past_key_values: a `DynamicCache` of the tokens before.
             inputs_embeds: `[B, T, hidden_size]` in place of `input_ids`.
             labels: `[B, T]`, aligned with `input_ids`, -100 for what is not predicted.
-            unit_labels: `[B, U]`, speech units of each row's response, padded with -100; needs `labels`.
+            unit_labels: `[N, U]`, speech units of each response, an unbroken run of `labels`, in their order, padded
+                with -100. A row without a response counts as one.
             logits_to_keep: compute the logits of the last so many positions only, 0 for all.
+            loss_chunk_size: with `labels`, never hold the logits of more positions, and return none.
 
         Raises:
             ValueError: inputs that do not fit together, or a part that this model does not have.
@@ -556,11 +572,15 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept])
-
-        loss = lm_loss = ctc_loss = None
-        if labels is not None:
+        logits = loss = lm_loss = ctc_loss = None
+        if labels is not None and loss_chunk_size is not None:
+            loss = lm_loss = self._chunked_lm_loss(
+                hidden_states, labels, loss_chunk_size, kwargs.get("num_items_in_batch")
+            )
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])
+        if labels is not None and logits is not None:
             loss = lm_loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
@@ -577,6 +597,18 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
             ctc_loss=ctc_loss,
             last_hidden_state=hidden_states,
         )
+
+    def _chunked_lm_loss(self, hidden_states, labels, chunk_size, num_items_in_batch):
+        """The loss of `loss_function`; the backward pass computes the logits of each chunk again."""
+
+        def summed_loss(states, targets):
+            return nn.functional.cross_entropy(self.lm_head(states).float(), targets, reduction="sum")
+
+        labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).to(hidden_states.device)
+        is_target = labels != -100
+        chunks = zip(hidden_states[is_target].split(chunk_size), labels[is_target].split(chunk_size))
+        loss = sum(checkpoint(summed_loss, *chunk, use_reentrant=False) for chunk in chunks)
+        return loss / (is_target.sum() if num_items_in_batch is None else num_items_in_batch)
 
     def _ctc_loss(self, hidden_states, labels, unit_labels, num_items_in_batch):
         if self.config.speech_decoder_config is None:

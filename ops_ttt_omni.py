@@ -121,7 +121,7 @@ class TTTMLPState(TTTState):
     def initial(
         cls, W1: torch.Tensor, b1: torch.Tensor, W2: torch.Tensor, b2: torch.Tensor, batch_size: int
     ) -> "TTTMLPState":
-        """The state before the first token, from `W1` `[H, D, F]`, `b1` `[H, 1, F]`, `W2` `[H, F, D]`, `b2` `[H, 1, D]`."""
+        """The state before the first token, from the learned parameters: those of the state without B."""
         W1, b1, W2, b2 = (_expand(x, batch_size) for x in (W1, b1, W2, b2))
         no_rows_d, no_rows_f = (W1.new_zeros(*W1.shape[:2], 0, width) for width in W1.shape[-2:])
         return cls(
@@ -291,7 +291,7 @@ def _prefill(mini_batch, q, k, v, lr, scale, norm, state, attention_mask, cu_seq
 
 
 def _rows_and_ranks(q, attention_mask, cu_seqlens):
-    """For each of the B * T tokens its row of the state and its rank in it (negative for padding), and rows' lengths."""
+    """For each of the B * T tokens its row of the state and its rank in it (-1 for padding); and rows' lengths."""
     batch_size, _, length, _ = q.shape
     token = torch.arange(length, device=q.device)
     if cu_seqlens is not None:
@@ -349,9 +349,9 @@ def _is_aligned(slot, num_slots):
 
 
 # A mini-batch of the inner loop. Its r new rows stand at the positions `slot` [B, r] of m: all m of them in a prefill,
-# one in a decode. Rows without a token are 0, with lr 0, so that they change nothing. `complete` [B] says which rows of
-# the batch have their mini-batch filled by it, and step on to the next; `has_pending`, whether the state's pending rows
-# are other than 0. `reach` [B, 1, r, m] is s_i where j <= i, else 0; `step` is s of the last position.
+# one in a decode. Rows without a token are 0, with lr 0, so that they change nothing. `complete` [B] says which rows
+# of the batch have their mini-batch filled by it, and step on to the next; `has_pending`, whether the state's pending
+# rows are other than 0. `reach` [B, 1, r, m] is s_i where j <= i, else 0; `step` is s of the last position.
 
 
 def _linear_mini_batch(q, k, v, lr, slot, reach, step, norm, state, complete, has_pending):
@@ -456,9 +456,7 @@ def _layer_norm_l2_grad(z, v, k, weight, bias):
     shape = (z.shape[-1],)
     normalized, mean, rstd = torch.native_layer_norm(z, shape, None, None, LAYER_NORM_EPS)
     error = torch.addcmul(torch.addcmul(weight * bias, k - v, weight), normalized, weight * weight)
-    return torch.ops.aten.native_layer_norm_backward(
-        error, z, shape, mean, rstd, None, None, (True, False, False)
-    )[0]
+    return torch.ops.aten.native_layer_norm_backward(error, z, shape, mean, rstd, None, None, (True, False, False))[0]
 
 
 def _gelu(x):

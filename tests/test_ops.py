@@ -95,9 +95,7 @@ def test_equals_ttt_lm(goldens, ttt_type, case):
 )
 def test_any_split_is_the_same(ttt_type, seed, length, cuts, mini_batch_size):
     op, state_class = OPS[ttt_type]
-    tokens, parameters, initial = random_inputs(
-        ttt_type, seed, rows=2, length=length, mini_batch_size=mini_batch_size
-    )
+    tokens, parameters, initial = random_inputs(ttt_type, seed, rows=2, length=length, mini_batch_size=mini_batch_size)
     state = state_class.initial(*initial, batch_size=2)
     o, last = op(*tokens, *parameters, state)
     for lengths in (cut(length, cuts), [1] * length):
@@ -249,7 +247,9 @@ def test_gradients_are_exact(ttt_type, group_size):
 @TTT_TYPES
 def test_gradients_with_padding_and_packing(ttt_type):
     op, state_class = OPS[ttt_type]
-    tokens, parameters, initial = random_inputs(ttt_type, 1, rows=1, heads=1, length=9, head_dim=2, dtype=torch.float64)
+    tokens, parameters, initial = random_inputs(
+        ttt_type, 1, rows=1, heads=1, length=9, head_dim=2, dtype=torch.float64
+    )
     arguments = [x.clone().requires_grad_() for x in (*tokens, *parameters, *initial)]
     mask = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 1, 0]])
     bounds = torch.tensor([0, 2, 9])
@@ -319,7 +319,17 @@ def test_errors_name_what_is_wrong(ttt_type):
     with pytest.raises(ValueError, match="`backend`"):
         op(q, k, v, lr, scale, weight, bias, state, backend="cuda")
     with pytest.raises(ValueError, match="`cu_seqlens`"):
-        op(q, k, v, lr, scale, weight, bias, state_class.initial(*initial, batch_size=1), cu_seqlens=torch.tensor([0, 5]))
+        op(
+            q,
+            k,
+            v,
+            lr,
+            scale,
+            weight,
+            bias,
+            state_class.initial(*initial, batch_size=1),
+            cu_seqlens=torch.tensor([0, 5]),
+        )
     _, state = op(q, k, v, lr, scale, weight, bias, state)
     with pytest.raises(ValueError, match="`token_scale`"):
         op(q, k, v, lr, scale[:2], weight, bias, state)
