@@ -572,18 +572,17 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        logits = loss = lm_loss = ctc_loss = None
+        logits = lm_loss = ctc_loss = None
         if labels is not None and loss_chunk_size is not None:
-            loss = lm_loss = self._chunked_lm_loss(
-                hidden_states, labels, loss_chunk_size, kwargs.get("num_items_in_batch")
-            )
+            num_items_in_batch = kwargs.get("num_items_in_batch")
+            lm_loss = self._chunked_lm_loss(hidden_states, labels, loss_chunk_size, num_items_in_batch)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
-        if labels is not None and logits is not None:
-            loss = lm_loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
+            if labels is not None:
+                vocab_size = self.config.text_config.vocab_size
+                lm_loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        loss = lm_loss
         if unit_labels is not None:
             ctc_loss = self._ctc_loss(hidden_states, labels, unit_labels, kwargs.get("num_items_in_batch"))
             loss = lm_loss + self.config.speech_decoder_config.ctc_loss_weight * ctc_loss
