@@ -287,7 +287,8 @@ class TTTOmniSpeechDecoder(TTTOmniDecoderStack):
         Args:
             hidden_states: `[B, T, input_size]`.
             labels: `[B, T]`, -100 outside of the responses.
-            unit_labels: `[N, U]`, for each response, padded with -100.
+            unit_labels: `[B, U]`, for each row as in the original, or `[N, U]`, for each unbroken run of labels in
+                the rows' order, a row without any counting as one; padded with -100.
 
         Returns:
             A float32 scalar, 0 where there is nothing to say.
@@ -295,7 +296,10 @@ class TTTOmniSpeechDecoder(TTTOmniDecoderStack):
         Raises:
             ValueError: if there are more responses than rows of units, or fewer.
         """
-        responses = [response for row in zip(hidden_states, labels) for response in _responses(*row)]
+        if len(unit_labels) == len(labels):
+            responses = [states[label != -100] for states, label in zip(hidden_states, labels)]
+        else:
+            responses = [response for row in zip(hidden_states, labels) for response in _responses(*row)]
         if len(responses) != len(unit_labels):
             raise ValueError(f"`unit_labels` has {len(unit_labels)} rows for {len(responses)} responses in `labels`.")
         lengths = torch.tensor([len(response) for response in responses], device=hidden_states.device)
@@ -551,8 +555,9 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
             past_key_values: a `DynamicCache` of the tokens before.
             inputs_embeds: `[B, T, hidden_size]` in place of `input_ids`.
             labels: `[B, T]`, aligned with `input_ids`, -100 for what is not predicted.
-            unit_labels: `[N, U]`, speech units of each response, an unbroken run of `labels`, in their order, padded
-                with -100. A row without a response counts as one.
+            unit_labels: `[B, U]`, speech units of each row's response, padded with -100; needs `labels`. Or `[N, U]`,
+                where rows hold several responses: one for each unbroken run of `labels`, a row without any counting
+                as one.
             logits_to_keep: compute the logits of the last so many positions only, 0 for all.
             loss_chunk_size: with `labels`, never hold the logits of more positions, and return none.
 
