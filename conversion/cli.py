@@ -141,8 +141,10 @@ def answer_question(
 def _check_model(model: str) -> None:
     try:
         config, _ = TTTOmniConfig.get_config_dict(model)
-    except OSError as error:
-        raise ValueError(f"The model {model} is neither a folder with a config.json nor found on the Hub.") from error
+    except OSError:
+        config = {}
+    if not config:
+        raise ValueError(f"The model {model} is neither a folder with a config.json nor found on the Hub.")
     if config.get("model_type") != TTTOmniConfig.model_type:
         raise ValueError(f"{model} is no TTT-Omni model but {config.get('model_type')!r}: see `ttt-omni convert`.")
 

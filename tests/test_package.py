@@ -1,0 +1,112 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+import ttt_omni
+
+
+ROOT = Path(__file__).parent.parent
+FLAT_FILES = {path.name for path in ROOT.glob("*_ttt_omni.py")}
+
+# Loads a folder by the Auto classes alone, where the packages cannot be imported, and saves it elsewhere.
+REMOTE_CODE = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, *args):
+        if name.split(".")[0] in ("ttt_omni", "ttt_kernels"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocker())
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor
+
+source, target = sys.argv[1:]
+for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM):
+    model = auto_class.from_pretrained(source, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+assert AutoConfig.from_pretrained(source, trust_remote_code=True).model_type == "ttt_omni"
+processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
+model.save_pretrained(target)
+processor.save_pretrained(target)
+assert not any(name.split(".")[0] in ("ttt_omni", "ttt_kernels") for name in sys.modules)
+"""
+
+
+def test_auto_classes(tiny_model_dir):
+    assert type(AutoConfig.from_pretrained(tiny_model_dir)) is ttt_omni.TTTOmniConfig
+    assert type(AutoModel.from_pretrained(tiny_model_dir)) is ttt_omni.TTTOmniModel
+    for auto_class in (AutoModelForCausalLM, AutoModelForMultimodalLM):
+        assert type(auto_class.from_pretrained(tiny_model_dir)) is ttt_omni.TTTOmniForCausalLM
+    assert type(AutoProcessor.from_pretrained(tiny_model_dir)) is ttt_omni.TTTOmniProcessor
+
+
+def test_remote_code_without_the_package(tiny_model_dir, tmp_path, monkeypatch):
+    """From a converted folder, and from what that saved, with the same weights and code files."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folders = [tiny_model_dir, tmp_path / "first", tmp_path / "second"]
+    for source, target in zip(folders, folders[1:]):
+        subprocess.run([sys.executable, "-c", REMOTE_CODE, source, target], cwd=tmp_path, check=True)
+        assert {path.name for path in target.glob("*.py")} == FLAT_FILES
+    models = [ttt_omni.TTTOmniForCausalLM.from_pretrained(folder).state_dict() for folder in (folders[0], folders[2])]
+    for name, tensor in models[0].items():
+        assert torch.equal(tensor, models[1][name]), name
+
+
+def test_a_model_of_the_package_saves_its_code(tiny_model_dir, tmp_path):
+    config = AutoConfig.from_pretrained(tiny_model_dir)
+    fresh = ttt_omni.TTTOmniConfig(
+        text_config=config.text_config.to_dict(),
+        audio_config=config.audio_config.to_dict(),
+        audio_token_id=config.audio_token_id,
+    )
+    ttt_omni.TTTOmniForCausalLM(fresh).save_pretrained(tmp_path)
+    saved = AutoConfig.from_pretrained(tmp_path)
+    assert {
+        name: saved.auto_map[name] for name in ("AutoConfig", "AutoModelForCausalLM")
+    }.items() <= config.auto_map.items()
+    assert {path.name for path in tmp_path.glob("*.py")} == FLAT_FILES - {"processing_ttt_omni.py"}
+
+
+def test_flat_files_import_only_what_the_loader_of_remote_code_can_carry():
+    for name in FLAT_FILES:
+        for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+            code = line.strip()
+            if code.startswith("from ."):
+                module = code.removeprefix("from .").split()[0]
+                assert f"{module}.py" in FLAT_FILES, f"{name}: {code}"
+            assert not code.startswith(("import ttt_omni", "from ttt_omni", "import conversion")), f"{name}: {code}"
+
+
+def test_the_wheel(tmp_path):
+    source = tmp_path / "source"
+    excluded = shutil.ignore_patterns(
+        ".*", "tests", "benchmarks", "demo", "build", "dist", "*.egg-info", "__pycache__"
+    )
+    shutil.copytree(ROOT, source, ignore=excluded)
+    (source / "tests").mkdir()
+    (source / "tests" / "__init__.py").touch()
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
+        check=True,
+    )
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert {name for name in names if name.startswith("ttt_omni/") and name.count("/") == 1} == {
+        "ttt_omni/__init__.py",
+        "ttt_omni/__main__.py",
+        "ttt_omni/model_card.md",
+        *(f"ttt_omni/{name}" for name in FLAT_FILES),
+    }
+    assert {"ttt_omni/conversion/cli.py", "ttt_kernels/__init__.py"} <= set(names)
+    assert not any("tests" in name for name in names)

@@ -1,0 +1,59 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+"""The README's and the model card's code runs as it stands, beside what `make demo` makes."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from ttt_omni.conversion.cli import _parser, main
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def code_blocks(document, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def after_demo(tiny_model_dir, tmp_path, monkeypatch):
+    (tmp_path / "demo").symlink_to(tiny_model_dir)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_python(after_demo, capsys):
+    names = {}
+    for block in code_blocks(ROOT / "README.md", "python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert Path("converted/model.safetensors").exists()
+    assert len(names["out"].waveform[0]) > 0 and len(names["play"]) > 0
+    assert names["o"].shape == names["q"].shape
+
+
+def test_model_card(golden_model_dir, after_demo, monkeypatch, tmp_path):
+    (tmp_path / "question.wav").symlink_to(ROOT / "examples" / "question.wav")
+    (block,) = code_blocks(golden_model_dir / "README.md", "python")
+    names = {}
+    block = block.replace("path/to/this/folder", str(golden_model_dir)).replace(
+        "max_new_tokens=256", "max_new_tokens=8"
+    )
+    exec(compile(block, "model_card.md", "exec"), names)
+    assert len(names["out"].waveform[0]) > 0
+
+
+def test_shell(after_demo):
+    text = "".join(code_blocks(ROOT / "README.md", "sh")).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in text.splitlines()]
+    commands = [words[1:] for words in lines if words[0] == "ttt-omni"]
+    for command in commands:
+        _parser().parse_args(command)
+    (answer,) = (command for command in commands if command[0] == "answer")
+    main([*answer, "--max-new-tokens=4"])
+    assert soundfile.info("answer.wav").frames > 0
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    makes = [words[1] for words in lines if words[0] == "make"]
+    assert makes == ["demo", "test"] and set(makes) <= set(targets)
