@@ -100,7 +100,7 @@ class SlidingWindowLayer(DynamicLayer):
             self.places = self.places.to(self.device, non_blocking=True)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.batch_select_indices(beam_idx)
+        SlidingWindowLayer.batch_select_indices(self, beam_idx)  # and not also a subclass's, which reorders itself
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
