@@ -15,6 +15,7 @@ from transformers import TextStreamer
 from ..configuration_ttt_omni import TTTOmniConfig
 from ..modeling_ttt_omni import TTTOmniForCausalLM
 from ..processing_ttt_omni import TTTOmniProcessor
+from ..training.calibration import calibrate_folder
 from .graft import LAYER_TYPES
 from .llama_omni import DTYPES, convert_llama_omni
 from .tiny import make_tiny
@@ -70,6 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     tiny = commands.add_parser("make-tiny", help="make a small random model, to try things on")
     tiny.set_defaults(command=make_tiny)
     tiny.add_argument("output", metavar="DIR", help="new folder for the model")
+
+    calibrate = commands.add_parser("calibrate", help="centre the memory's queries and keys, before fine-tuning")
+    calibrate.set_defaults(command=calibrate_folder)
+    calibrate.add_argument("--model", required=True, metavar="DIR", help="a converted model")
+    calibrate.add_argument("--data", required=True, metavar="MANIFEST", help="JSONL file of a few conversations")
+    calibrate.add_argument("--output", required=True, metavar="DIR", help="new folder for the calibrated model")
+    calibrate.add_argument("--device", default="auto", help="cpu, cuda, … (default: an accelerator if there is one)")
 
     answer = commands.add_parser("answer", help="answer a spoken question in speech")
     answer.set_defaults(command=answer_question)

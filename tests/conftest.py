@@ -53,3 +53,29 @@ def tiny_model_dir(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("tiny") / "model"
     make_tiny(output)
     return output
+
+
+@pytest.fixture(scope="session")
+def spoken_corpus(tmp_path_factory) -> Path:
+    """A manifest of four conversations of tones and texts for the tiny model, one of them of two turns."""
+    import json
+
+    import numpy as np
+    import soundfile
+
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = []
+    for number in range(4):
+        speech, turns = [], []
+        for turn in range(1 + (number == 3)):
+            speech.append(f"{number}-{turn}.wav")
+            tone = 0.3 * np.sin(np.arange(4000 + 2000 * number) * 0.1 * (number + 1))
+            soundfile.write(folder / speech[-1], tone, 16000)
+            units = [(7 * number + 3 * i) % 100 for i in range(5 + number)]
+            turns.append({"from": "human", "value": "<speech>\nPlease directly answer."})
+            turns.append({"from": "gpt", "value": f"I heard tone {number} in turn {turn}.", "units": units})
+        record = {"id": str(number), "speech": speech if len(speech) > 1 else speech[0], "conversations": turns}
+        lines.append(json.dumps(record))
+    manifest = folder / "corpus.jsonl"
+    manifest.write_text("\n".join(lines) + "\n")
+    return manifest

@@ -1,0 +1,210 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+import copy
+import json
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
+
+from ttt_omni.training import ConversationCollator, ConversationDataset, ManifestError
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_model_dir):
+    return AutoProcessor.from_pretrained(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model_dir):
+    return AutoConfig.from_pretrained(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def dataset(spoken_corpus, processor, config):
+    return ConversationDataset(spoken_corpus, processor, config)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with torch.no_grad():
+        for layer in model.model.language_model.layers[2:]:
+            layer.ttt_gate.weight.fill_(0.5)  # so that a memory of other sequences would show
+    return model
+
+
+def conversation(*turns, **fields):
+    roles = ("human", "gpt")
+    turns = [{"from": roles[i % 2], "value": turn} for i, turn in enumerate(turns)]
+    return {"conversations": turns} | fields
+
+
+def spoken(path, units=None, value="Yes."):
+    record = conversation("<speech>", value, speech=path)
+    if units is not None:
+        record["conversations"][1]["units"] = units
+    return record
+
+
+# What is read
+
+
+def test_labels_are_the_answers(dataset, processor):
+    item = dataset[3]
+    text = processor.decode(item["input_ids"][item["labels"] != -100])
+    assert text == "I heard tone 3 in turn 0.<|eot_id|>I heard tone 3 in turn 1.<|eot_id|>"
+    assert torch.equal(item["labels"][item["labels"] != -100], item["input_ids"][item["labels"] != -100])
+    assert item["input_features"].shape == (2, 128, 3000)
+    assert [answer.tolist() for answer in item["unit_labels"]] == [[21, 24, 27, 30, 33, 36, 39, 42]] * 2
+
+
+def test_prompt_is_the_original_one(tmp_path, golden_model_dir, goldens):
+    shutil.copyfile(goldens.parents[2] / "examples" / "question.wav", tmp_path / "question.wav")
+    question = "<speech>\nPlease directly answer the questions in the user's speech."
+    (tmp_path / "one.jsonl").write_text(json.dumps(conversation(question, "Yes.", speech="question.wav")))
+    config = AutoConfig.from_pretrained(golden_model_dir)
+    item = ConversationDataset(tmp_path / "one.jsonl", AutoProcessor.from_pretrained(golden_model_dir), config)[0]
+    golden = json.loads((goldens / "prompt_golden.json").read_text())["prompt_ids_with_speech_at_minus_200"]
+    golden = [i for token in golden for i in ([config.audio_token_id] * 300 if token == -200 else [token])]
+    assert item["input_ids"].tolist()[: len(golden)] == golden
+    assert (item["labels"][: len(golden)] == -100).all() and (item["labels"][len(golden) :] != -100).all()
+
+
+def test_items_are_read_when_taken(tmp_path, processor, config):
+    soundfile.write(tmp_path / "a.wav", np.zeros(1600), 16000)
+    manifest = tmp_path / "lazy.jsonl"
+    manifest.write_text("\n".join(json.dumps(r) for r in (conversation("Hi", "Ho"), spoken("a.wav"))) + "\n\n")
+    dataset = ConversationDataset(manifest, processor, config)
+    (tmp_path / "a.wav").unlink()
+    assert len(dataset) == 2
+    assert processor.decode(dataset[0]["input_ids"]).endswith("Ho<|eot_id|>")
+    assert "input_features" not in dataset[0]
+    with pytest.raises(FileNotFoundError, match="a.wav"):
+        dataset[1]
+
+
+def test_joined_conversations(spoken_corpus, processor, config, dataset):
+    lengths = [len(item["input_ids"]) for item in dataset]
+    room = sum(lengths[:2])
+    joined = ConversationDataset(spoken_corpus, processor, config, join_to_length=room)
+    assert joined.groups == [(0, 2), (2, 3), (3, 4)]
+    assert [len(joined[i]["input_ids"]) for i in (1, 2)] == lengths[2:]
+    item = joined[0]
+    assert len(item["input_ids"]) <= room and len(item["unit_labels"]) == len(item["input_features"]) == 2
+    assert processor.decode(item["input_ids"]).count("<|begin_of_text|>") == 2  # the doubled one of one conversation
+    with pytest.raises(ManifestError, match=rf"line 4: the conversation has {lengths[3]} tokens, more than"):
+        ConversationDataset(spoken_corpus, processor, config, join_to_length=lengths[3] - 1)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{'id': 1}", r"not JSON \(Expecting property name"),
+        ("[]", "no JSON object with a list of `conversations`"),
+        (conversation("Hi"), "`conversations` has 1 turns"),
+        (conversation("Hi", " \n"), "turn 2 is an empty answer"),
+        ({"conversations": [{"from": "gpt", "value": "Hi"}] * 2}, "turn 1 is not from 'human'"),
+        (conversation("<speech>", "Yes."), "1 <speech> for 0 recordings"),
+        (conversation("Hi", "Yes.", speech="good.wav"), "0 <speech> for 1 recordings"),
+        (spoken(["good.wav", 3]), "`speech` is neither a path nor a list of paths"),
+        (spoken("none.wav"), r"the recording \S*none.wav does not exist"),
+        (spoken("fast.wav"), r"\S*fast.wav has 22050 samples per second, not 16000: resample it"),
+        (spoken("text.wav"), r"\S*text.wav cannot be read as audio"),
+        (spoken("empty.wav"), r"\S*empty.wav is empty"),
+        (spoken("good.wav", [0, 100]), "unit 100 is out of range: the model has the units 0 to 99"),
+        (spoken("good.wav", [-1]), "unit -1 is out of range"),
+        (spoken("good.wav", [1.5]), "the `units` of turn 2 are no list of integers"),
+        (spoken("good.wav", "1 2"), "the `units` of turn 2 are no list of integers"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, processor, config, line, message):
+    for name, samples, rate in (("good", 1600, 16000), ("fast", 2205, 22050), ("empty", 0, 16000)):
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(samples), rate)
+    (tmp_path / "text.wav").write_text("no audio")
+    manifest = tmp_path / "bad.jsonl"
+    line = line if isinstance(line, str) else json.dumps(line)
+    manifest.write_text(json.dumps(spoken("good.wav", [99])) + "\n\n" + line + "\n")
+    with pytest.raises(ManifestError, match=rf"bad.jsonl, line 3: {message}"):
+        ConversationDataset(manifest, processor, config)
+
+
+def test_a_model_without_ears_or_mouth(spoken_corpus, processor, config, tmp_path):
+    deaf, dumb = copy.deepcopy(config), copy.deepcopy(config)
+    deaf.audio_config = dumb.speech_decoder_config = None
+    with pytest.raises(ManifestError, match="line 1: the model has no audio encoder"):
+        ConversationDataset(spoken_corpus, processor, deaf)
+    with pytest.raises(ManifestError, match="line 1: the model has no speech decoder"):
+        ConversationDataset(spoken_corpus, processor, dumb)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ManifestError, match="has no conversations"):
+        ConversationDataset(tmp_path / "empty.jsonl", processor, config)
+    with pytest.raises(FileNotFoundError):
+        ConversationDataset(tmp_path / "none.jsonl", processor, config)
+
+
+# Batches
+
+
+def losses_and_gradients(model, batches):
+    """The sum over batches, each weighed by its number of targets or units, and its gradient."""
+    model.zero_grad()
+    lm, ctc, tokens, units = 0, 0, 0, 0
+    for batch in batches:
+        output = model(**batch)
+        num_tokens, num_units = (batch["labels"][:, 1:] != -100).sum(), (batch["unit_labels"] != -100).sum()
+        lm, ctc = lm + output.lm_loss * num_tokens, ctc + output.ctc_loss * num_units
+        tokens, units = tokens + num_tokens, units + num_units
+    lm, ctc = lm / tokens, ctc / units
+    (lm + ctc).backward()
+    return lm.detach(), ctc.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_packed_and_padded_batches_equal_separate_sequences(dataset, model):
+    model = copy.deepcopy(model).double()
+    items = [dataset[i] for i in (3, 0)]
+    separate = losses_and_gradients(model, [ConversationCollator(3)([item]) for item in items])
+    packed = ConversationCollator(3, packing=True)(items)
+    assert packed["input_ids"].shape[0] == 1 and "attention_mask" not in packed
+    for batch in (packed, ConversationCollator(3)(items)):
+        together = losses_and_gradients(model, [batch])
+        torch.testing.assert_close(together[:2], separate[:2], atol=1e-4, rtol=1e-5)
+        assert together[2].keys() == separate[2].keys()
+        for name, gradient in separate[2].items():
+            error = (together[2][name] - gradient).norm() / gradient.norm().clamp(min=1e-3)
+            assert error < 1e-5, (name, error)
+
+
+def test_chunked_loss(dataset, model):
+    batch = ConversationCollator(3)([dataset[0], dataset[3]])
+    outputs = [model(**batch, loss_chunk_size=size) for size in (None, 5)]
+    assert outputs[0].logits is not None and outputs[1].logits is None
+    torch.testing.assert_close(outputs[1].loss, outputs[0].loss)
+    gradients = [torch.autograd.grad(output.lm_loss, model.lm_head.weight)[0] for output in outputs]
+    torch.testing.assert_close(gradients[1], gradients[0])
+    outputs = [model(**batch, loss_chunk_size=size, num_items_in_batch=100).lm_loss for size in (None, 5)]
+    torch.testing.assert_close(outputs[1], outputs[0])
+
+
+def test_golden_loss(goldens, golden_model_dir):
+    """The loss of the original through the collator."""
+    golden = load_file(goldens / "golden.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(golden_model_dir)
+    audio = golden["input_ids"] == -200
+    repeats = torch.where(audio, 300, 1)
+    item = {
+        "input_ids": torch.where(audio, model.config.audio_token_id, golden["input_ids"]).repeat_interleave(repeats),
+        "labels": golden["labels"].repeat_interleave(repeats),
+        "input_features": golden["mel"].T[None],
+        "unit_labels": [golden["tgt_units"]],
+    }
+    for packing in (False, True):
+        with torch.no_grad():
+            loss = model(**ConversationCollator(3, packing)([item])).loss
+        torch.testing.assert_close(loss.view(1), golden["total_loss"].view(1), atol=1e-3, rtol=0)

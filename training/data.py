@@ -1,0 +1,265 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+"""Spoken conversations to train on: a JSONL manifest in LLaMA-Omni's form, read lazily, and batches of it."""
+
+import json
+import os
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import soundfile
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ..configuration_ttt_omni import TTTOmniConfig
+from ..processing_ttt_omni import TTTOmniProcessor
+
+
+SPEECH_TOKEN = "<speech>"
+ROLES = ("human", "gpt")
+IGNORE_INDEX = -100
+
+
+class ManifestError(ValueError):
+    """A manifest that cannot be trained on; the message names its file and line."""
+
+
+class ConversationDataset(Dataset):
+    r"""
+    Conversations of a manifest, one JSON object per line in the form of LLaMA-Omni's training data:
+
+        {"id": "7", "speech": ["7a.wav", "7b.wav"], "conversations": [
+            {"from": "human", "value": "<speech>\nPlease directly answer the questions in the user's speech."},
+            {"from": "gpt", "value": "It is four o'clock.", "units": [63, 7, 91]},
+            {"from": "human", "value": "<speech>"},
+            {"from": "gpt", "value": "You are welcome."}]}
+
+    `speech` has a recording for each `<speech>`, as a path relative to the manifest; one alone needs no list. `units`
+    are those of the spoken answer, runs of the same unit merged, and may be left out.
+
+    All lines are checked when the dataset is made, which reads no more of a recording than its header. An item is read
+    when it is taken; it holds `input_ids` and `labels` `[T]`, in `unit_labels` a tensor `[U]` per answer, and if there
+    is speech `input_features` `[W, n_mels, 3000]` of its W windows.
+
+    Args:
+        manifest: path of the JSONL file.
+        processor: that of the model.
+        config: that of the model.
+        join_to_length: join neighbouring conversations into long ones of at most so many tokens; `None` joins none.
+        processor_kwargs: further arguments of the processor, such as `{"drop_audio_padding": True}`.
+
+    Raises:
+        FileNotFoundError: if there is no such manifest.
+        [`ManifestError`]: naming the line that is wrong, and what is wrong with it.
+    """
+
+    def __init__(
+        self,
+        manifest: str | os.PathLike,
+        processor: TTTOmniProcessor,
+        config: TTTOmniConfig,
+        join_to_length: int | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+    ):
+        self.manifest = Path(manifest)
+        self.processor = processor
+        self.config = config
+        self.join_to_length = join_to_length
+        self.processor_kwargs = processor_kwargs or {}
+        self.offsets = array("q")  # of the lines in the file
+        self.groups = []  # of the conversations joined into one item, first and last + 1
+        self._check()
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        conversations = []
+        with open(self.manifest, "rb") as file:
+            for offset in self.offsets[slice(*self.groups[index])]:
+                file.seek(offset)
+                conversations.append(_parse(file.readline(), self.manifest.parent))
+        inputs = self.processor.apply_chat_template(
+            [message for conversation in conversations for message in conversation.messages],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=True,
+            processor_kwargs=self.processor_kwargs,
+        )
+        input_ids = inputs["input_ids"][0]
+        is_answer = torch.as_tensor(inputs["assistant_masks"][0]).bool()
+        units = [answer for conversation in conversations for answer in conversation.units]
+        item = {
+            "input_ids": input_ids,
+            "labels": torch.where(is_answer, input_ids, IGNORE_INDEX),
+            "unit_labels": [torch.tensor(answer, dtype=torch.long) for answer in units],
+        }
+        return item | {name: inputs[name] for name in ("input_features", "input_features_mask") if name in inputs}
+
+    def _check(self) -> None:
+        """Checks every line, and fills `offsets` and `groups`."""
+        offset, room = 0, 0
+        progress = tqdm(desc=f"Checking {self.manifest.name}", unit=" lines")
+        with open(self.manifest, "rb") as file, progress:
+            for number, line in enumerate(file, 1):
+                progress.update()
+                if line.strip():
+                    try:
+                        conversation = _parse(line, self.manifest.parent)
+                        self._check_speech(conversation)
+                        self._check_units(conversation)
+                        length = 0 if self.join_to_length is None else self._length(conversation)
+                    except ManifestError as error:
+                        raise ManifestError(f"{self.manifest}, line {number}: {error}") from None
+                    index = len(self.offsets)
+                    self.offsets.append(offset)
+                    if self.join_to_length is None or length > room:
+                        self.groups.append((index, index + 1))
+                        room = self.join_to_length
+                    else:
+                        self.groups[-1] = (self.groups[-1][0], index + 1)
+                    if self.join_to_length is not None:
+                        room -= length
+                offset += len(line)
+        if not self.offsets:
+            raise ManifestError(f"{self.manifest} has no conversations.")
+
+    def _check_speech(self, conversation: "_Conversation") -> None:
+        if conversation.speech and self.config.audio_config is None:
+            raise ManifestError("the model has no audio encoder: it takes conversations without `speech` only.")
+        rate = self.processor.feature_extractor.sampling_rate
+        for path in conversation.speech:
+            if not path.is_file():
+                raise ManifestError(f"the recording {path} does not exist.")
+            try:
+                info = soundfile.info(path)
+            except soundfile.SoundFileError as error:
+                reason = getattr(error, "error_string", error)
+                raise ManifestError(f"{path} cannot be read as audio: {reason}") from None
+            if info.samplerate != rate:
+                raise ManifestError(f"{path} has {info.samplerate} samples per second, not {rate}: resample it.")
+            if info.frames == 0:
+                raise ManifestError(f"{path} is empty: it holds no audio.")
+
+    def _check_units(self, conversation: "_Conversation") -> None:
+        units = [unit for answer in conversation.units for unit in answer]
+        if units and self.config.speech_decoder_config is None:
+            raise ManifestError("the model has no speech decoder: leave out `units`.")
+        for unit in units:
+            if not 0 <= unit < self.config.speech_decoder_config.unit_vocab_size:
+                raise ManifestError(
+                    f"unit {unit} is out of range: the model has the units 0 to "
+                    f"{self.config.speech_decoder_config.unit_vocab_size - 1}."
+                )
+
+    def _length(self, conversation: "_Conversation") -> int:
+        """Number of tokens, of which each recording takes those of its windows."""
+        prompt = self.processor.apply_chat_template(conversation.messages)
+        length = len(self.processor.tokenizer(prompt, add_special_tokens=False).input_ids)
+        extractor = self.processor.feature_extractor
+        per_window = extractor.nb_max_frames // 2 // self.processor.audio_downsample
+        for path in conversation.speech:
+            length += -(-soundfile.info(path).frames // extractor.n_samples) * per_window - 1
+        if length > self.join_to_length:
+            raise ManifestError(f"the conversation has {length} tokens, more than {self.join_to_length} at a time.")
+        return length
+
+
+@dataclass(frozen=True)
+class _Conversation:
+    messages: list[dict[str, Any]]
+    speech: list[Path]
+    units: list[list[int]]  # per answer, empty where it was not spoken
+
+
+def _parse(line: bytes, folder: Path) -> _Conversation:
+    """A line of a manifest whose recordings are in `folder`. Raises [`ManifestError`] without naming the line."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ManifestError(f"not JSON ({error}).") from None
+    if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
+        raise ManifestError("no JSON object with a list of `conversations`.")
+    speech = record.get("speech") or []
+    speech = [speech] if isinstance(speech, str) else speech
+    if not isinstance(speech, list) or not all(isinstance(path, str) for path in speech):
+        raise ManifestError("`speech` is neither a path nor a list of paths.")
+    speech = [folder / path for path in speech]
+
+    turns = record["conversations"]
+    if not turns or len(turns) % 2 != 0:
+        raise ManifestError(f"`conversations` has {len(turns)} turns: a question and an answer in turn are needed.")
+    recordings = iter(speech)
+    messages, units = [], []
+    for index, turn in enumerate(turns):
+        role, value = ROLES[index % 2], turn.get("value") if isinstance(turn, dict) else None
+        if not isinstance(value, str) or turn.get("from") != role:
+            raise ManifestError(f"turn {index + 1} is not from {role!r} with a text as `value`.")
+        if role == "human":
+            messages.append({"role": "user", "content": _content(value, recordings)})
+            continue
+        if not value.strip():
+            raise ManifestError(f"turn {index + 1} is an empty answer.")
+        messages.append({"role": "assistant", "content": value})
+        units.append(turn.get("units") or [])
+        if not isinstance(units[-1], list) or not all(type(unit) is int for unit in units[-1]):
+            raise ManifestError(f"the `units` of turn {index + 1} are no list of integers.")
+    asked = sum(turn["value"].count(SPEECH_TOKEN) for turn in turns[::2])
+    if asked != len(speech):
+        raise ManifestError(f"{asked} {SPEECH_TOKEN} for {len(speech)} recordings in `speech`.")
+    return _Conversation(messages, speech, units)
+
+
+def _content(value: str, recordings) -> list[dict[str, str]]:
+    """The items of a question: recordings where it says `<speech>`, and the text around them."""
+    content = []
+    for index, text in enumerate(value.split(SPEECH_TOKEN)):
+        if index > 0:
+            content.append({"type": "audio", "audio": str(next(recordings, ""))})
+            text = text.removeprefix("\n")  # the template has it
+        if text:
+            content.append({"type": "text", "text": text})
+    return content
+
+
+class ConversationCollator:
+    """
+    Batches of a [`ConversationDataset`]'s items, as [`TTTOmniForCausalLM.forward`] takes them.
+
+    Args:
+        pad_token_id: id to pad `input_ids` with, on the right.
+        packing: put all items into one row without padding, where they do not see each other, told apart by
+            `position_ids` that start again.
+    """
+
+    def __init__(self, pad_token_id: int, packing: bool = False):
+        self.pad_token_id = pad_token_id
+        self.packing = packing
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if self.packing:
+            batch = {name: torch.cat([item[name] for item in items])[None] for name in ("input_ids", "labels")}
+            batch["position_ids"] = torch.cat([torch.arange(len(item["input_ids"])) for item in items])[None]
+            batch["use_cache"] = False  # with a cache, sequences count as one that goes on
+        else:
+            batch = {
+                "input_ids": _pad([item["input_ids"] for item in items], self.pad_token_id),
+                "labels": _pad([item["labels"] for item in items], IGNORE_INDEX),
+                "attention_mask": _pad([torch.ones_like(item["input_ids"]) for item in items], 0),
+            }
+        for name in ("input_features", "input_features_mask"):
+            found = [item[name] for item in items if name in item]
+            if found:
+                batch[name] = torch.cat(found)
+        units = [answer for item in items for answer in item["unit_labels"]]
+        if any(len(answer) for answer in units):
+            batch["unit_labels"] = _pad(units, IGNORE_INDEX)  # [answers, U]
+        return batch
+
+
+def _pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+    return pad_sequence(rows, batch_first=True, padding_value=value)
