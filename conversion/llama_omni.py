@@ -326,7 +326,10 @@ def _read_tokenizer(source: Path, values: dict) -> PreTrainedTokenizerBase:
     """By its own class: `AutoTokenizer` fails on the checkpoint's `config.json`."""
     if not (source / "tokenizer.json").is_file():
         raise ConversionError(f"{source} has no tokenizer.json.")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+    except Exception as error:  # all that the tokenizers library raises
+        raise ConversionError(f"{source}: the tokenizer cannot be read: {error}") from error
     if len(tokenizer) > values["vocab_size"]:
         raise ConversionError(
             f"{source}: the tokenizer has {len(tokenizer)} tokens, more than the model's {values['vocab_size']}."

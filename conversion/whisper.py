@@ -53,7 +53,7 @@ def _open_openai(path: Path) -> tuple[WhisperConfig, dict[str, LazyTensor]]:
         dims, state = checkpoint["dims"], checkpoint["model_state_dict"]
         dims = [dims[f"n_{name}"] for name in ("mels", "audio_ctx", "audio_state", "audio_head", "audio_layer")]
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError, TypeError) as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise ConversionError(f"{path} is not a Whisper checkpoint in OpenAI's format: {reason}") from error
     tensors = {
         name.removeprefix("encoder."): LazyTensor.of(tensor, f"`{name}` in {path}")

@@ -460,6 +460,11 @@ def damaged_whisper(source, arguments):
     arguments["--whisper"] = source / "whisper.pt"
 
 
+def truncated_whisper(source, arguments):
+    arguments["--whisper"] = Path(shutil.copy(arguments["--whisper"], source))
+    truncate(arguments["--whisper"])
+
+
 def missing_shard(source, arguments):
     shard(source, 3)
     (source / "model-00002-of-00003.safetensors").unlink()
@@ -512,6 +517,8 @@ BAD_INPUT = {
     "config that is no JSON": (lambda s, a: (s / "config.json").write_text("{"), "not readable as JSON"),
     "no config": (lambda s, a: (s / "config.json").unlink(), "config.json does not exist"),
     "no tokenizer": (lambda s, a: (s / "tokenizer.json").unlink(), "no tokenizer.json"),
+    "truncated tokenizer": (lambda s, a: truncate(s / "tokenizer.json"), "tokenizer cannot be read"),
+    "truncated Whisper": (truncated_whisper, "not a Whisper checkpoint"),
     "tokenizer without a placeholder": (without_reserved_tokens, "reserved_special_token_0"),
     "tokenizer too large": (lambda s, a: edit_json(s / "config.json", vocab_size=600), "640 tokens"),
     "Whisper of another size": (wrong_whisper, "16 wide.* of 32"),
