@@ -13,6 +13,7 @@ from .checkpoint import ConversionError, LazyTensor
 
 
 LAYER_TYPES = {"hybrid": "hybrid", "replace": "linear_attention"}
+WINDOWED_LAYER_TYPES = {"full_attention": "sliding_attention", "hybrid": "hybrid_sliding"}
 INIT_STD = 0.02  # of the inner model and the learning-rate gate, as in ttt-lm-pytorch
 
 

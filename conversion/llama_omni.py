@@ -33,7 +33,7 @@ from .checkpoint import (
     read_json,
     write_checkpoint,
 )
-from .graft import LAYER_TYPES, graft, select_layers
+from .graft import LAYER_TYPES, WINDOWED_LAYER_TYPES, graft, select_layers
 from .vocoder import load_fairseq_vocoder, vocoder_config_from_fairseq
 from .whisper import open_openai_encoder, open_whisper
 
@@ -83,6 +83,8 @@ def convert_llama_omni(
     mode: str = "hybrid",
     ttt_type: str | list[str] = "linear",
     mini_batch_size: int = 64,
+    attention_window: int | None = None,
+    attention_sinks: int = 4,
     dtype: str = "bfloat16",
     max_shard_size: int | str = "5GB",
 ) -> None:
@@ -102,6 +104,8 @@ def convert_llama_omni(
         mode: `"hybrid"`, TTT beside attention behind a gate that starts at 0, or `"replace"`, TTT in its place.
         ttt_type: inner model, `"linear"` or `"mlp"`, for all layers or one per layer of the model.
         mini_batch_size: tokens per inner mini-batch.
+        attention_window: tokens that attention sees, in all layers, so that memory is bounded; by default all.
+        attention_sinks: first tokens that it sees besides, for ever.
         dtype: `"bfloat16"`, `"float16"` or `"float32"`; TTT's inner parameters and the vocoder are float32 always.
         max_shard_size: of a file of weights, in bytes or as `"5GB"`.
 
@@ -119,6 +123,8 @@ def convert_llama_omni(
         mode=mode,
         ttt_type=ttt_type,
         mini_batch_size=mini_batch_size,
+        attention_window=attention_window,
+        attention_sinks=attention_sinks,
         dtype=dtype,
     )
     with new_folder(Path(output)) as folder:
@@ -157,6 +163,8 @@ def plan_conversion(
     mode: str = "hybrid",
     ttt_type: str | list[str] = "linear",
     mini_batch_size: int = 64,
+    attention_window: int | None = None,
+    attention_sinks: int = 4,
     dtype: str = "bfloat16",
 ) -> Conversion:
     """Reads all of the checkpoint but its weights, and checks it; arguments are those of [`convert_llama_omni`]."""
@@ -202,6 +210,8 @@ def plan_conversion(
         layer_types=["full_attention"] * num_layers,
         ttt_layer_type=ttt_type,
         ttt_mini_batch_size=mini_batch_size,
+        sliding_window=attention_window,
+        attention_sinks=attention_sinks,
     )
     processor = _processor(_read_tokenizer(source, values), parts.get("audio_config"), values)
     if listens:
@@ -212,6 +222,8 @@ def plan_conversion(
     check_tensors(tensors, _shapes(config), source)
     for layer in ttt_layers:
         text_config.layer_types[layer] = LAYER_TYPES[mode]
+    if attention_window is not None:
+        text_config.layer_types = [WINDOWED_LAYER_TYPES.get(name, name) for name in text_config.layer_types]
     tensors = graft(tensors, text_config, _shapes(config), seed=0)
 
     config.architectures = [TTTOmniForCausalLM.__name__]
@@ -235,6 +247,7 @@ def plan_conversion(
             mode=mode,
             ttt_type=ttt_type,
             mini_batch_size=mini_batch_size,
+            attention_window=attention_window or "unbounded",
             dtype=dtype,
         ),
     )

@@ -241,6 +241,23 @@ def test_modes_types_and_dtypes(goldens, parts, tmp_path, mode, ttt_type, dtype)
         assert parameter.dtype == (torch.float32 if kept_in_float32 else getattr(torch, dtype)), name
 
 
+def test_a_window(golden_model_dir, goldens, parts, tmp_path):
+    """One longer than the conversation changes nothing; one of a wrong size is refused before anything is written."""
+    window = {"layers": "2-3", "dtype": "float32", "attention_sinks": 2}
+    convert_llama_omni(goldens, tmp_path / "out", **parts, **window, attention_window=64)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    config = model.config.text_config
+    assert config.layer_types == ["sliding_attention"] * 2 + ["hybrid_sliding"] * 2
+    assert (config.sliding_window, config.attention_sinks) == (64, 2)
+    ids = torch.randint(0, 640, (1, 60), generator=torch.Generator().manual_seed(0))
+    full = AutoModelForCausalLM.from_pretrained(golden_model_dir)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, full(ids).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="`sliding_window`"):
+        convert_llama_omni(goldens, tmp_path / "none", **parts, **window, attention_window=0)
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("tied, bias", [(False, False), (True, True)])
 def test_a_text_only_llama(goldens, tmp_path, tied, bias):
     torch.manual_seed(0)
