@@ -178,24 +178,15 @@ def plan_conversion(
     tensors = open_checkpoint(source)
     listens = _has_part(LISTENING, tensors, values, source)
     speaks = _has_part(SPEAKING, tensors, values, source)
-    if listens and values.get("speech_projector_type", "linear") != "linear":
-        raise ConversionError(f"{source}: the speech projector {values['speech_projector_type']!r} is not supported.")
-    for given, option in ((vocoder, "--vocoder"), (vocoder_config, "--vocoder-config")):
-        if speaks and given is None:
-            raise ConversionError(f"{source} speaks: give its unit vocoder with --vocoder and --vocoder-config.")
-        if given is not None and not speaks:
-            raise ConversionError(f"{source} has no speech generator, so that {option} has no use; leave it out.")
-
     tensors, encoder = _rename(tensors)
     parts = {}
     if listens:
+        parts |= _listening_config(values, tensors, source)
         parts["audio_config"], encoder = _encoder(values, encoder, whisper, source)
-        parts["audio_downsample"] = values["speech_encoder_ds_rate"]
-        if first_linear := tensors.get("model.multi_modal_projector.linear_1.weight"):
-            parts["projector_hidden_size"] = first_linear.shape[0]
     elif whisper is not None:
         raise ConversionError(f"{source} has no speech projector, so that --whisper has no use; leave it out.")
     tensors |= {f"model.audio_tower.{name}": tensor for name, tensor in encoder.items()}
+    _check_vocoder_arguments(speaks, vocoder, vocoder_config, source)
     if speaks:
         parts["speech_decoder_config"] = _speech_decoder_config(values, source)
         parts["vocoder_config"] = vocoder_config_from_fairseq(vocoder_config)
@@ -296,6 +287,24 @@ def _rename(tensors: dict[str, LazyTensor]) -> tuple[dict[str, LazyTensor], dict
 def _text_config(values: dict, **ttt_fields) -> TTTOmniTextConfig:
     known = (*LlamaConfig.__annotations__, *ROPE_FIELDS)
     return TTTOmniTextConfig(**copy.deepcopy({name: values[name] for name in known if name in values}), **ttt_fields)
+
+
+def _listening_config(values: dict, tensors: dict[str, LazyTensor], source: Path) -> dict:
+    if values.get("speech_projector_type", "linear") != "linear":
+        raise ConversionError(f"{source}: the speech projector {values['speech_projector_type']!r} is not supported.")
+    config = {"audio_downsample": values["speech_encoder_ds_rate"]}
+    # The only size that config.json does not tell: 2048 in all that was released.
+    if first_linear := tensors.get("model.multi_modal_projector.linear_1.weight"):
+        config["projector_hidden_size"] = first_linear.shape[0]
+    return config
+
+
+def _check_vocoder_arguments(speaks: bool, vocoder, vocoder_config, source: Path) -> None:
+    for given, option in ((vocoder, "--vocoder"), (vocoder_config, "--vocoder-config")):
+        if speaks and given is None:
+            raise ConversionError(f"{source} speaks: give its unit vocoder with --vocoder and --vocoder-config.")
+        if given is not None and not speaks:
+            raise ConversionError(f"{source} has no speech generator, so that {option} has no use; leave it out.")
 
 
 def _speech_decoder_config(values: dict, source: Path) -> TTTOmniSpeechDecoderConfig:
