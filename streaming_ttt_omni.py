@@ -72,7 +72,9 @@ def skip_pieces(
     while heard.shape[1] > 0:
         input_ids = next(pieces, {}).get("input_ids", heard[:, :0])  # [1, n]
         if input_ids.shape[1] == 0 or not torch.equal(input_ids, heard[:, : input_ids.shape[1]]):
-            raise ValueError("What was heard before is not the beginning of this recording.")
+            raise ValueError(
+                "The memory was saved in the middle of another prompt than this: finish that one first, or begin anew."
+            )
         heard = heard[:, input_ids.shape[1] :]
     return pieces
 

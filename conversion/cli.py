@@ -1,28 +1,18 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
-"""The command line: `ttt-omni convert`, `ttt-omni make-tiny` and `ttt-omni answer`."""
+"""The command line: `ttt-omni convert`, `make-tiny`, `calibrate`, `answer` and `chat`."""
 
 import argparse
 import signal
 import sys
-from pathlib import Path
 
-import soundfile
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import TextStreamer
 
-from ..configuration_ttt_omni import TTTOmniConfig
-from ..modeling_ttt_omni import TTTOmniForCausalLM
-from ..processing_ttt_omni import TTTOmniProcessor
 from ..training.calibration import calibrate_folder
+from .chat import answer_question, chat
 from .graft import LAYER_TYPES
 from .llama_omni import DTYPES, convert_llama_omni
 from .tiny import make_tiny
-
-
-# The instruction beside the speech that LLaMA-Omni was trained with.
-INSTRUCTION = "Please directly answer the questions in the user's speech."
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -88,81 +78,25 @@ def _parser() -> argparse.ArgumentParser:
     answer.add_argument("--model", required=True, metavar="DIR_OR_REPO", help="folder, or repository on the Hub")
     answer.add_argument("question", metavar="QUESTION.wav", help="recording of any length, WAV, FLAC, OGG or MP3")
     answer.add_argument("--output", required=True, metavar="ANSWER.wav", help="file for the answer, 16-bit PCM")
-    answer.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
-    answer.add_argument("--device", default="auto", help="cpu, cuda, … (default: an accelerator if there is one)")
-    answer.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: that of the files")
+    answer.add_argument("--stream", action="store_true", help="let the file grow with the answer")
+    _add_conversation_arguments(answer, "saved while listening, and goes on where it was interrupted")
+
+    chat_parser = commands.add_parser("chat", help="a spoken conversation of several turns")
+    chat_parser.set_defaults(command=chat)
+    chat_parser.add_argument("--model", required=True, metavar="DIR_OR_REPO", help="folder, or repository on the Hub")
+    chat_parser.add_argument("questions", nargs="*", metavar="FILE", help="recordings (default: the microphone)")
+    chat_parser.add_argument("--output", metavar="DIR", help="folder for the answers, answer-1.wav and so on")
+    _add_conversation_arguments(chat_parser, "saved after each turn, and goes on if there is one")
     return parser
 
 
-def answer_question(
-    question: str,
-    output: str,
-    model: str,
-    max_new_tokens: int = 256,
-    device: str = "auto",
-    dtype: str = "auto",
-) -> None:
-    """
-    Prints the answer to the recording `question` as it comes, and writes it as speech to the WAV file `output`.
-
-    Args:
-        model: folder, or repository on the Hub.
-
-    Raises:
-        ValueError, OSError: a recording that cannot be read, a model that cannot be loaded or does not speak.
-    """
-    output = Path(output)
-    if not output.parent.is_dir():
-        raise ValueError(f"The folder {output.parent} for the answer does not exist.")
-    if device == "auto":
-        device = torch.accelerator.current_accelerator() or "cpu"
-    _progress(f"Loading {model}")
-    _check_model(model)
-    processor = TTTOmniProcessor.from_pretrained(model)
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "audio", "audio": question}, {"type": "text", "text": INSTRUCTION}]}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    speaker = TTTOmniForCausalLM.from_pretrained(model, dtype=dtype).to(device)
-    if speaker.config.vocoder_config is None:
-        raise ValueError(f"The model {model} has no vocoder: it cannot speak.")
-    _progress("Answering")
-    answer = speaker.generate(
-        **inputs.to(device),
-        max_new_tokens=max_new_tokens,
-        return_audio=True,
-        streamer=TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
-    waveform = answer.waveform[0].float().cpu()
-    if not waveform.any():
-        _progress("The answer says nothing: no file is written")
-        return
-    sampling_rate = speaker.config.vocoder_config.sampling_rate
-    temporary = output.with_name(f".{output.name}.tmp")
-    try:
-        soundfile.write(temporary, waveform.numpy(), sampling_rate, format="WAV", subtype="PCM_16")
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _progress(f"Wrote {len(waveform) / sampling_rate:.1f} s of speech to {output}")
-
-
-def _check_model(model: str) -> None:
-    try:
-        config, _ = TTTOmniConfig.get_config_dict(model)
-    except OSError:
-        config = {}
-    if not config:
-        raise ValueError(f"The model {model} is neither a folder with a config.json nor found on the Hub.")
-    if config.get("model_type") != TTTOmniConfig.model_type:
-        raise ValueError(f"{model} is no TTT-Omni model but {config.get('model_type')!r}: see `ttt-omni convert`.")
-
-
-def _progress(message: str) -> None:
-    print(f"ttt-omni: {message}", file=sys.stderr)
+def _add_conversation_arguments(parser: argparse.ArgumentParser, memory: str) -> None:
+    parser.add_argument("--play", action="store_true", help="play the answer on the sound device")
+    parser.add_argument("--memory", metavar="FILE", help=f"the conversation, which is {memory}")
+    parser.add_argument("--skip-silence", action="store_true", help="leave out silent windows of 30 s")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: an accelerator if there is one)")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: that of the files")
 
 
 if __name__ == "__main__":

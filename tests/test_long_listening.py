@@ -129,7 +129,7 @@ def test_interrupted_and_resumed(model, processor, recording, tmp_path):
 
 def test_another_recording_does_not_resume(model, processor):
     memory = listen(model, turn_pieces(processor, message((sound(40), RATE))))
-    with pytest.raises(ValueError, match="not the beginning of this recording"):
+    with pytest.raises(ValueError, match="in the middle of another prompt"):
         skip_pieces(turn_pieces(processor, message((sound(10), RATE))), memory.input_ids)
 
 
