@@ -18,6 +18,14 @@ from .ops_ttt_omni import TTTState
 SEQUENCE_SHIFT = 40
 
 
+class FullAttentionLayer(DynamicLayer):
+    """Keys and values of all tokens. Transformers 5.17's own layer keeps their number when it is reset."""
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+
+
 class SlidingWindowLayer(DynamicLayer):
     """Keys and values of each row's last `sliding_window - 1` and first `attention_sinks` tokens."""
 
@@ -200,7 +208,7 @@ class TTTLayer(TTTCacheMixin, NoAttentionLayer):
     """Cache of a `linear_attention` layer."""
 
 
-class TTTAndFullAttentionLayer(TTTCacheMixin, DynamicLayer):
+class TTTAndFullAttentionLayer(TTTCacheMixin, FullAttentionLayer):
     """Cache of a `hybrid` layer."""
 
 
@@ -219,6 +227,7 @@ def add_ttt_layers(cache: Cache, config: PreTrainedConfig) -> None:
         cache.layers += [cache.layer_class_to_replicate() for _ in range(len(cache.layers), config.num_hidden_layers)]
         cache.layer_class_to_replicate = None
     classes = {
+        "full_attention": FullAttentionLayer,
         "linear_attention": TTTLayer,
         "hybrid": TTTAndFullAttentionLayer,
         "hybrid_sliding": TTTAndSlidingWindowLayer,
@@ -226,9 +235,12 @@ def add_ttt_layers(cache: Cache, config: PreTrainedConfig) -> None:
     }
     for layer_idx, layer_type in enumerate(config.layer_types):
         layer = cache.layers[layer_idx]
-        if layer_type == "full_attention" or type(layer) is classes[layer_type]:
+        is_used = getattr(layer, "is_initialized", False)
+        if type(layer) is classes[layer_type]:
             continue
-        if getattr(layer, "is_initialized", False):
+        if layer_type == "full_attention" and (is_used or type(layer) is not DynamicLayer):
+            continue  # full attention can do with any layer, such as a quantized one
+        if is_used:
             raise ValueError(
                 f"Layer {layer_idx} of the cache is a used {type(layer).__name__}, but the model's is of type "
                 f"{layer_type!r}: start from an empty `DynamicCache`."
