@@ -12,6 +12,7 @@ from .configuration_ttt_omni import (
 from .modeling_ttt_omni import TTTOmniForCausalLM, TTTOmniModel
 from .ops_ttt_omni import TTTLinearState, TTTMLPState, ttt_linear, ttt_mlp
 from .processing_ttt_omni import TTTOmniProcessor
+from .training import ttt_lora_config
 
 
 AutoConfig.register(TTTOmniConfig.model_type, TTTOmniConfig)
@@ -37,5 +38,6 @@ __all__ = [
     "TTTOmniTextConfig",
     "TTTOmniVocoderConfig",
     "ttt_linear",
+    "ttt_lora_config",
     "ttt_mlp",
 ]

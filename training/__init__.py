@@ -3,6 +3,15 @@
 
 from .calibration import calibrate, calibrate_folder
 from .data import ConversationCollator, ConversationDataset, ManifestError
+from .lora import TTT_MODULES_TO_SAVE, ttt_lora_config
 
 
-__all__ = ["ConversationCollator", "ConversationDataset", "ManifestError", "calibrate", "calibrate_folder"]
+__all__ = [
+    "TTT_MODULES_TO_SAVE",
+    "ConversationCollator",
+    "ConversationDataset",
+    "ManifestError",
+    "calibrate",
+    "calibrate_folder",
+    "ttt_lora_config",
+]
