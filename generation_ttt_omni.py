@@ -287,7 +287,7 @@ class TTTOmniGenerationMixin(GenerationMixin):
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
         for put_state in model_kwargs.get("state_sinks") or []:
-            put_state(outputs.last_hidden_state[:, -1])
+            put_state(outputs.last_hidden_state[:, -1].clone())  # a view would keep all of the prompt
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
 
 
