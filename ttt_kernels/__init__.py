@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .layout import has_holes, rows_of, unsupported
 from .linear import linear_decode, linear_forward
+from .mlp import mlp_decode, mlp_forward
 
 
 def ttt_linear(
@@ -76,13 +77,68 @@ def ttt_linear_decode(
                    (W1, b1, pending_k, pending_u1, position), attention_mask)  # fmt: skip
 
 
+def ttt_mlp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    token_scale: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    W1: Tensor,
+    b1: Tensor,
+    W2: Tensor,
+    b2: Tensor,
+    pending_k: Tensor,
+    pending_u1: Tensor,
+    pending_x2: Tensor,
+    pending_u2: Tensor,
+    position: Tensor,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """
+    TTT-MLP over T more tokens: as [`ttt_linear`], with the inner model W1 `[R, H, D, 4 D]`, b1 `[R, H, 1, 4 D]`,
+    W2 `[R, H, 4 D, D]`, b2 `[R, H, 1, D]`, and four pending rows per token: its key `[R, H, m, D]`, lr * dl/dz1 and
+    gelu(z1) `[R, H, m, 4 D]`, lr * dl/dz2 `[R, H, m, D]`.
+    """
+    state = (W1, b1, W2, b2, pending_k, pending_u1, pending_x2, pending_u2, position)
+    tensors = (q, k, v, lr, token_scale, ln_weight, ln_bias, *state)
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return _prefill(mlp_forward, q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens, save)
+
+
+def ttt_mlp_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    token_scale: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    W1: Tensor,
+    b1: Tensor,
+    W2: Tensor,
+    b2: Tensor,
+    pending_k: Tensor,
+    pending_u1: Tensor,
+    pending_x2: Tensor,
+    pending_u2: Tensor,
+    position: Tensor,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """[`ttt_mlp`] of one token per row, as [`ttt_linear_decode`]."""
+    state = (W1, b1, W2, b2, pending_k, pending_u1, pending_x2, pending_u2, position)
+    return _decode(mlp_decode, q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask)
+
+
 def _check(q, token_scale, state):
     reason = unsupported(q, token_scale, state[0])
     if reason is not None:
         raise ValueError(f"The TTT kernels cannot run: {reason}.")
 
 
-def _prefill(op, q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens):
+def _prefill(op, q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens, *options):
     _check(q, token_scale, state)
     parameters = [x.float() for x in (token_scale, ln_weight, ln_bias)]
     tokens, order = (q, k, v, lr), None
@@ -92,7 +148,7 @@ def _prefill(op, q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_
         attention_mask = attention_mask.gather(1, order)
         tokens = [_gather(x, order) for x in tokens]
     starts, ends = rows_of(attention_mask, cu_seqlens)
-    o, *rest = op(*tokens, *parameters, *state, starts, ends, cu_seqlens is not None)
+    o, *rest = op(*tokens, *parameters, *state, starts, ends, cu_seqlens is not None, *options)
     if order is not None:
         o = _gather(o, order.argsort(dim=1))
     return o, tuple(rest[: len(state)])
@@ -111,4 +167,4 @@ def _decode(op, q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_m
     return op(q, k, v, lr, *parameters, *state, attention_mask)
 
 
-__all__ = ["ttt_linear", "ttt_linear_decode", "unsupported"]
+__all__ = ["ttt_linear", "ttt_linear_decode", "ttt_mlp", "ttt_mlp_decode", "unsupported"]

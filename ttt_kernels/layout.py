@@ -4,10 +4,6 @@
 import torch
 
 
-BLOCK = 64  # tokens of a program in the parallel kernels
-GROUP = 256  # slots between saved states
-
-
 def unsupported(q: torch.Tensor, token_scale: torch.Tensor, W1: torch.Tensor) -> str | None:
     """Why the kernels cannot take these tensors, or None if they can."""
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -47,6 +43,6 @@ def has_holes(attention_mask: torch.Tensor) -> torch.Tensor:
     return (mask.diff(dim=1, prepend=mask.new_zeros(mask.shape[0], 1)) == 1).sum(1).max() > 1
 
 
-def number_of_groups(q: torch.Tensor, rows: int, mini_batch_size: int) -> int:
-    """An upper bound on the groups of all rows, whatever their lengths; as `span` in `common.py` counts them."""
-    return (q.shape[0] * q.shape[2] + rows * (mini_batch_size - 1)) // GROUP + rows
+def number_of_groups(q: torch.Tensor, rows: int, mini_batch_size: int, group: int) -> int:
+    """An upper bound on the groups (of `group` slots) of all rows, whatever their lengths; `span` counts them so."""
+    return (q.shape[0] * q.shape[2] + rows * (mini_batch_size - 1)) // group + rows

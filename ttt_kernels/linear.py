@@ -7,7 +7,11 @@ from torch import Tensor
 
 from . import linear_kernels as kernels
 from ._ops import add_op_namespace_prefix
-from .layout import BLOCK, GROUP, number_of_groups, same_layout
+from .layout import number_of_groups, same_layout
+
+
+BLOCK = 64  # tokens of a program in the kernels over blocks of tokens
+GROUP = 256  # slots between saved states
 
 
 def _sizes(q, token_scale, position, packed):
@@ -16,7 +20,7 @@ def _sizes(q, token_scale, position, packed):
     return {
         "T": q.shape[2],
         "H": q.shape[1],
-        "groups": number_of_groups(q, rows, mini_batch_size),
+        "groups": number_of_groups(q, rows, mini_batch_size, GROUP),
         "stride_b": q.stride(0),
         "stride_h": q.stride(1),
         "stride_t": q.stride(2),
@@ -27,15 +31,24 @@ def _sizes(q, token_scale, position, packed):
     }
 
 
-def _chain_launch(q, lr, position):
-    strides = dict(zip(("lr_stride_b", "lr_stride_h", "lr_stride_t"), lr.stride()))
-    return (q.shape[1], position.shape[0]), strides | {"num_warps": 4 if q.shape[3] < 128 else 8}
+def _chain_sizes(lr):
+    """Arguments that the kernels over rows share besides."""
+    return dict(zip(("lr_stride_b", "lr_stride_h", "lr_stride_t"), lr.stride()))
 
 
-def _block_launch(q, position, groups):
+def _block_sizes(position):
+    """Arguments that the kernels over blocks of tokens share besides."""
     rows = position.shape[0]
-    constants = {"BLOCK": BLOCK, "R": rows, "R_BLOCK": triton.next_power_of_2(rows)}
-    return (groups * GROUP // BLOCK, q.shape[1]), constants | {"num_warps": 4 if q.shape[3] < 128 else 8}
+    return {"BLOCK": BLOCK, "R": rows, "R_BLOCK": triton.next_power_of_2(rows)}
+
+
+def _launch(q, stages=3):
+    """Warps and stages that fit a Hopper GPU's registers and shared memory."""
+    return {"num_warps": 8 if q.shape[3] == 128 else 4, "num_stages": 1 if q.dtype == torch.float32 else stages}
+
+
+def _launch_blocks(q):
+    return {"num_warps": 4, "num_stages": 1}
 
 
 def _workspace(q, groups, *shape, dtype=None):
@@ -44,12 +57,12 @@ def _workspace(q, groups, *shape, dtype=None):
 
 
 def _allocate_forward(q, W1, b1, pending_k, pending_u1, position, starts, packed, token_scale):
-    groups, head_dim = number_of_groups(q, position.shape[0], token_scale.shape[0]), q.shape[3]
+    groups, head_dim = number_of_groups(q, position.shape[0], token_scale.shape[0], GROUP), q.shape[3]
     o = torch.zeros_like(q) if starts is not None and not packed else torch.empty_like(q)
     state = (W1, b1, pending_k, pending_u1, position)
     state = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in state]
     u1 = _workspace(q, groups, GROUP, head_dim)
-    W1_group = _workspace(q, groups, head_dim, head_dim, dtype=torch.float32)
+    W1_group = _workspace(q, groups, head_dim, head_dim)
     b1_group = _workspace(q, groups, head_dim, dtype=torch.float32)
     return o, *state, u1, W1_group, b1_group
 
@@ -80,14 +93,12 @@ def linear_forward(
     outputs = _allocate_forward(q, W1, b1, pending_k, pending_u1, position, starts, packed, scale)
     o, *state, u1, W1_group, b1_group = outputs
     sizes = _sizes(q, scale, position, packed)
-    grid, launch = _chain_launch(q, lr, position)
-    kernels.chain_forward[grid](
-        k, v, lr, *inputs, starts, ends, u1, W1_group, b1_group, *state, **sizes, **launch
-    )  # fmt: skip
-    grid, launch = _block_launch(q, position, sizes["groups"])
-    kernels.outputs[grid](
+    kernels.chain_forward[sizes["H"], position.shape[0]](
+        k, v, lr, *inputs, starts, ends, u1, W1_group, b1_group, *state, **sizes, **_chain_sizes(lr), **_launch(q)
+    )
+    kernels.outputs[sizes["groups"] * GROUP // BLOCK, sizes["H"]](
         q, k, scale, ln_weight, ln_bias, pending_k, position, starts, ends, u1, W1_group, b1_group, o,
-        **sizes, **launch,
+        **sizes, **_block_sizes(position), **_launch_blocks(q),
     )  # fmt: skip
     return outputs
 
@@ -151,20 +162,20 @@ def linear_backward(
     dlast_scale_parts = scale.new_zeros(blocks, heads)
     dln_parts = scale.new_zeros(2, blocks, heads, 2, head_dim)
 
-    grid, launch = _block_launch(q, position, groups)
-    kernels.before_chain_backward[grid](
+    kernels.before_chain_backward[blocks, heads](
         q, k, v, *inputs, starts, ends, u1, W1_group, b1_group, do,
-        dz_q, du1, x, e, statistics, dscale_parts, dln_parts[0], **sizes, **launch,
+        dz_q, du1, x, e, statistics, dscale_parts, dln_parts[0],
+        **sizes, **_block_sizes(position), **_launch_blocks(q),
     )  # fmt: skip
-    chain_grid, chain_launch = _chain_launch(q, lr, position)
-    kernels.chain_backward[chain_grid](
+    kernels.chain_backward[heads, position.shape[0]](
         q, k, lr, scale, ln_weight, pending_k, position, starts, ends, dz_q, du1, x, e, statistics,
         dW1_out, db1_out, dpending_u1_out, dz, de, dlr, dW1_group, db1_group, dW1, db1, dpending_u1,
-        **sizes, **chain_launch,
+        **sizes, **_chain_sizes(lr), **_launch(q, stages=2),
     )  # fmt: skip
-    kernels.after_chain_backward[grid](
+    kernels.after_chain_backward[blocks, heads](
         q, k, v, *inputs, starts, ends, u1, W1_group, do, dz_q, x, dz, de, dW1_group, db1_group, dpending_k_out,
-        dq, dk, dv, dpending_k, dlast_scale_parts, dln_parts[1], **sizes, **launch,
+        dq, dk, dv, dpending_k, dlast_scale_parts, dln_parts[1],
+        **sizes, **_block_sizes(position), **_launch_blocks(q),
     )  # fmt: skip
     dscale.copy_(dscale_parts.view(-1, scale.shape[0]).sum(0))
     dscale[-1] += dlast_scale_parts.sum()

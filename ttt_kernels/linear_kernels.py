@@ -17,7 +17,20 @@ mean of z need then not be computed.
 import triton
 import triton.language as tl
 
-from .common import EPS, dot, earlier, inner_grad, layer_norm, load_rows, matrix, reach, row_of_group, span, store_rows
+from .common import (
+    EPS,
+    dot,
+    earlier,
+    inner_grad,
+    layer_norm,
+    load_rows,
+    matrix,
+    reach,
+    row_means,
+    row_of_group,
+    span,
+    store_rows,
+)
 
 
 @triton.jit
@@ -50,7 +63,7 @@ def chain_forward(
     b -= b_mean
 
     # The first mini-batch, to which the pending rows belong.
-    tl.store(W1_group + matrix(D, D), W)
+    tl.store(W1_group + matrix(D, D), W.to(W1_group.dtype.element_ty))
     tl.store(b1_group + d, b)
     is_pending = slots < taken
     valid = (slots >= taken) & (slots < end)
@@ -74,47 +87,49 @@ def chain_forward(
     tl.store(pending_u1_out + state * M * D + matrix(M, D), u * (1 - complete))
 
     # The model takes a step at the start of the next turn: a product that led to another one within a turn would be
-    # laid out over the rows alone, of which there are too few for 8 warps.
+    # laid out over the rows alone, of which there are too few for 8 warps. b stands in M equal rows, as z needs it.
     step = tl.zeros([M, D], k_n.dtype)
+    b_rows = tl.zeros([M, D], tl.float32) + b[None, :]
+    ones = tl.full([M, M], 1, k_n.dtype)
+    b_pointers = slots[:, None] * 0 + d[None, :]
     for n in range(1, end // M):
-        rows = tl.maximum(n * M - M, M) + slots.to(tl.int64)
-        k_n = tl.load(k + rows[:, None] * stride_t + d[None, :])
-        W = dot(tl.trans(k_n), step, W)
-        if n % G == 0:
-            tl.store(W1_group + (n // G) * D * D + matrix(D, D), W)
-            tl.store(b1_group + (n // G) * D + d, b)
         rows = n * M + slots.to(tl.int64)
-        k_n = tl.load(k + rows[:, None] * stride_t + d[None, :])
         v_n = tl.load(v + rows[:, None] * stride_t + d[None, :])
-        c = (k_n.to(tl.float32) - v_n.to(tl.float32)) * w + bias * w
+        k_n = tl.load(k + rows[:, None] * stride_t + d[None, :])
         lr_n = tl.load(lr + rows * lr_stride_t).to(tl.float32)
-        z = dot(k_n, W.to(k_n.dtype), tl.zeros([M, D], tl.float32) + b[None, :])
+        rows = tl.maximum(n * M - M, M) + slots.to(tl.int64)
+        W = dot(tl.trans(tl.load(k + rows[:, None] * stride_t + d[None, :])), step, W)
+        b_rows = dot(ones, step, b_rows)
+        if n % G == 0:
+            tl.store(W1_group + (n // G) * D * D + matrix(D, D), W.to(W1_group.dtype.element_ty))
+            tl.store(b1_group + (n // G) * D + b_pointers, b_rows, mask=(slots == 0)[:, None])
+        z = dot(k_n, W.to(k_n.dtype), tl.zeros([M, D], tl.float32)) + b_rows
+        c = (k_n.to(tl.float32) - v_n.to(tl.float32)) * w + bias * w
         u = inner_grad(z, c, w, lr_n, D)
+        rows = n * M + slots.to(tl.int64)
         tl.store(u1 + rows[:, None] * D + d[None, :], u.to(u1.dtype.element_ty))
-        u *= -last_scale
-        b += tl.sum(u, axis=0)
-        step = u.to(k_n.dtype)
+        step = (u * -last_scale).to(k_n.dtype)
     rows = end // M * M - M + slots
     W = dot(tl.trans(load_rows(k, stride_t, rows, rows >= M, D)), step, W)
+    b_rows = dot(ones, step, b_rows)
 
     if (end >= M) & (end % M != 0):  # the last mini-batch, not yet complete
         n = end // M
         if n % G == 0:
-            tl.store(W1_group + (n // G) * D * D + matrix(D, D), W)
-            tl.store(b1_group + (n // G) * D + d, b)
+            tl.store(W1_group + (n // G) * D * D + matrix(D, D), W.to(W1_group.dtype.element_ty))
+            tl.store(b1_group + (n // G) * D + b_pointers, b_rows, mask=(slots == 0)[:, None])
         valid = n * M + slots < end
         k_n = load_rows(k, stride_t, n * M + slots, valid, D)
         v_n = load_rows(v, stride_t, n * M + slots, valid, D)
         c = (bias - v_n.to(tl.float32) + k_n.to(tl.float32)) * w
         lr_n = tl.load(lr + (n * M + slots) * lr_stride_t, mask=valid, other=0.0).to(tl.float32)
-        z = dot(k_n, W.to(k_n.dtype), tl.zeros([M, D], tl.float32) + b[None, :])
-        u = inner_grad(z, c, w, lr_n, D)
+        u = inner_grad(dot(k_n, W.to(k_n.dtype), b_rows), c, w, lr_n, D)
         store_rows(u1, D, n * M + slots, valid, u, D)
         tl.store(pending_k_out + state * M * D + matrix(M, D), k_n.to(tl.float32))
         tl.store(pending_u1_out + state * M * D + matrix(M, D), u)
 
     tl.store(W1_out + state * D * D + matrix(D, D), W + W_mean[:, None])
-    tl.store(b1_out + state * D + d, b + b_mean)
+    tl.store(b1_out + state * D + b_pointers, b_rows + b_mean, mask=(slots == 0)[:, None])
     if head == 0:
         tl.store(position_out + row, (end % M).to(tl.int64))
 
@@ -146,14 +161,14 @@ def outputs(
     if slot + block * BLOCK + BLOCK > end:
         store_rows(u1, D, slots, slots >= end, tl.zeros([BLOCK, D], tl.float32), D)
         if (block == 0) & (slot >= end) & (slot > 0):
-            tl.store(W1_group + matrix(D, D), tl.zeros([D, D], tl.float32))
+            tl.store(W1_group + matrix(D, D), tl.zeros([D, D], W1_group.dtype.element_ty))
             tl.store(b1_group + d, tl.zeros([D], tl.float32))
     if slot + block * BLOCK >= end:
         return
     valid = (slots >= taken) & (slots < end)
     q_i = load_rows(q, stride_t, slots, valid, D)
     z = tl.zeros([BLOCK, D], tl.float32) + tl.load(b1_group + d)[None, :]
-    z = dot(q_i, tl.load(W1_group + matrix(D, D)).to(q_i.dtype), z)
+    z = dot(q_i, tl.load(W1_group + matrix(D, D)), z)
     for j in range(0, block + 1):
         slots_j = slot + j * BLOCK + tl.arange(0, BLOCK)
         k_j = load_rows(k, stride_t, slots_j, (slots_j >= taken) & (slots_j < end), D)
@@ -205,7 +220,7 @@ def before_chain_backward(
     q_i = load_rows(q, stride_t, slots, valid, D)
     k_i = load_rows(k, stride_t, slots, valid, D)
     k_i += load_rows(pending_k, D, slots, slots < taken, D).to(k_i.dtype)
-    W = tl.load(W1_group + matrix(D, D)).to(q_i.dtype)
+    W = tl.load(W1_group + matrix(D, D))
     b = tl.zeros([BLOCK, D], tl.float32) + tl.load(b1_group + d)[None, :]
     z_q = dot(q_i, W, b)
     z = dot(k_i, W, b)
@@ -256,18 +271,12 @@ def before_chain_backward(
 
 
 @triton.jit
-def inner_grad_backward(du, x, e, w2, mean_w2, lr, statistics, slots, valid, D: tl.constexpr):
-    """Gradients of u = `inner_grad` with respect to z, e and lr; all sums over a row at once, as in `inner_grad`."""
-    rstd = tl.load(statistics + slots * 5, mask=valid, other=0.0)
-    mean_e = tl.load(statistics + slots * 5 + 1, mask=valid, other=0.0)
-    mean_ex = tl.load(statistics + slots * 5 + 2, mask=valid, other=0.0)
-    mean_w2x = tl.load(statistics + slots * 5 + 3, mask=valid, other=0.0)
-    mean_w2xx = tl.load(statistics + slots * 5 + 4, mask=valid, other=0.0)
-    mean = tl.sum(du, axis=1) / D
-    mean_x = tl.sum(du * x, axis=1) / D
-    mean_g = tl.sum(du * e, axis=1) / D - mean_e * mean - mean_ex * mean_x
-    mean_w = tl.sum(w2 * du, axis=1) / D - mean_w2 * mean - mean_w2x * mean_x
-    mean_wx = tl.sum(w2 * du * x, axis=1) / D - mean_w2x * mean - mean_w2xx * mean_x
+def inner_grad_backward(du, x, e, w2, mean_w2, lr, rstd, mean_e, mean_ex, mean_w2x, mean_w2xx, D: tl.constexpr):
+    """Gradients of u = `inner_grad` with respect to z, e and lr."""
+    mean, mean_x, mean_g, mean_w, mean_wx = row_means(du, du * x, du * e, w2 * du, w2 * du * x, D)
+    mean_g -= mean_e * mean + mean_ex * mean_x
+    mean_w -= mean_w2 * mean + mean_w2x * mean_x
+    mean_wx -= mean_w2x * mean + mean_w2xx * mean_x
     de = du - mean[:, None] - mean_x[:, None] * x
     mean_dx = mean_w - mean_ex * mean - mean_e * mean_x
     mean_dxx = mean_wx - 2 * mean_ex * mean_x + mean_g
@@ -313,35 +322,50 @@ def chain_backward(
     dW = tl.load(dW1_out + state * D * D + matrix(D, D))
     db = tl.load(db1_out + state * D + d)
     dz_n = tl.zeros([M, D], k.dtype.element_ty)
+    db_rows = tl.zeros([M, D], tl.float32) + db[None, :]
+    ones = tl.full([M, M], 1, k.dtype.element_ty)
+    db_pointers = tl.arange(0, M)[:, None] * 0 + d[None, :]
+    first_row = (tl.arange(0, M) == 0)[:, None]
     for i in range(0, last + 1):
         n = last - i
-        # The gradient that the mini-batch after this one has left; at the start of the turn as in `chain_forward`.
-        slots = n * M + M + tl.arange(0, M)
-        dz_q_n = load_rows(dz_q, D, slots, slots < end, D)
-        dW = dot(tl.trans(load_rows(k, stride_t, slots, slots < end, D)), dz_n, dW)
-        dW = dot(tl.trans(load_rows(q, stride_t, slots, slots < end, D)), dz_q_n, dW)
-        db += tl.sum(dz_n.to(tl.float32) + dz_q_n.to(tl.float32), axis=0)
-        if (n % G == G - 1) | (n == last):
-            tl.store(dW1_group + (n // G) * D * D + matrix(D, D), dW)
-            tl.store(db1_group + (n // G) * D + d, db)
-
         slots = n * M + tl.arange(0, M)
         exists = slots < end
         valid = (slots >= taken) & exists
-        k_n = load_rows(k, stride_t, slots, valid, D)
         du = load_rows(du1, D, slots, exists, D).to(tl.float32)
+        x_n = load_rows(x, D, slots, exists, D)
+        e_n = load_rows(e, D, slots, exists, D)
+        lr_n = tl.load(lr + slots * lr_stride_t, mask=valid, other=0.0).to(tl.float32)
+        rstd = tl.load(statistics + slots * 5, mask=exists, other=0.0)
+        mean_e = tl.load(statistics + slots * 5 + 1, mask=exists, other=0.0)
+        mean_ex = tl.load(statistics + slots * 5 + 2, mask=exists, other=0.0)
+        mean_w2x = tl.load(statistics + slots * 5 + 3, mask=exists, other=0.0)
+        mean_w2xx = tl.load(statistics + slots * 5 + 4, mask=exists, other=0.0)
+        k_n = load_rows(k, stride_t, slots, valid, D)
         if n == 0:
             k_n += load_rows(pending_k + state * M * D, D, slots, slots < taken, D).to(k_n.dtype)
-        complete = (n * M + M <= end).to(tl.float32)
         if n * M + M > end:
             du += tl.load(dpending_u1_out + state * M * D + matrix(M, D))
-        du -= last_scale * complete * dot(k_n, dW.to(k_n.dtype), tl.zeros([M, D], tl.float32) + db[None, :])
+
+        # The gradient that the mini-batch after this one has left; at the start of the turn as in `chain_forward`.
+        after = n * M + M + tl.arange(0, M)
+        dz_q_n = load_rows(dz_q, D, after, after < end, D)
+        dW = dot(tl.trans(load_rows(k, stride_t, after, after < end, D)), dz_n, dW)
+        dW = dot(tl.trans(load_rows(q, stride_t, after, after < end, D)), dz_q_n, dW)
+        db_rows = dot(ones, dz_n, db_rows)
+        db_rows = dot(ones, dz_q_n, db_rows)
+        if (n % G == G - 1) | (n == last):
+            tl.store(dW1_group + (n // G) * D * D + matrix(D, D), dW.to(dW1_group.dtype.element_ty))
+            tl.store(db1_group + (n // G) * D + db_pointers, db_rows, mask=first_row)
+
+        complete = (n * M + M <= end).to(tl.float32)
+        ku = dot(k_n, dW.to(k_n.dtype), tl.zeros([M, D], tl.float32)) + db_rows
+        du -= last_scale * complete * ku
         if n == 0:
             tl.store(dpending_u1 + state * M * D + matrix(M, D), tl.where((slots < taken)[:, None], du, 0.0))
-        x_n = load_rows(x, D, slots, exists, D).to(tl.float32)
-        e_n = load_rows(e, D, slots, exists, D).to(tl.float32)
-        lr_n = tl.load(lr + slots * lr_stride_t, mask=valid, other=0.0).to(tl.float32)
-        dz_i, de_i, dlr_i = inner_grad_backward(du, x_n, e_n, w2, mean_w2, lr_n, statistics, slots, exists, D)
+        dz_i, de_i, dlr_i = inner_grad_backward(
+            du, x_n.to(tl.float32), e_n.to(tl.float32), w2, mean_w2, lr_n,
+            rstd, mean_e, mean_ex, mean_w2x, mean_w2xx, D,
+        )  # fmt: skip
         dz_n = dz_i.to(k_n.dtype)
         store_rows(dz, D, slots, exists, dz_n, D)
         store_rows(de, D, slots, exists, de_i, D)
@@ -351,9 +375,10 @@ def chain_backward(
     dz_q_n = load_rows(dz_q, D, slots, slots < end, D)
     dW = dot(tl.trans(load_rows(k, stride_t, slots, valid, D)), dz_n, dW)
     dW = dot(tl.trans(load_rows(q, stride_t, slots, valid, D)), dz_q_n, dW)
-    db += tl.sum(dz_n.to(tl.float32) + dz_q_n.to(tl.float32), axis=0)
+    db_rows = dot(ones, dz_n, db_rows)
+    db_rows = dot(ones, dz_q_n, db_rows)
     tl.store(dW1 + state * D * D + matrix(D, D), dW)
-    tl.store(db1 + state * D + d, db)
+    tl.store(db1 + state * D + db_pointers, db_rows, mask=first_row)
 
 
 @triton.jit
@@ -406,8 +431,8 @@ def after_chain_backward(
     u_i = load_rows(u1, D, slots, exists, D)
     dz_q_i = load_rows(dz_q, D, slots, exists, D)
     dz_i = load_rows(dz, D, slots, exists, D)
-    W = tl.trans(tl.load(W1_group + matrix(D, D)).to(k_i.dtype))
-    dW = tl.trans(tl.load(dW1_group + matrix(D, D)).to(k_i.dtype))
+    W = tl.trans(tl.load(W1_group + matrix(D, D)))
+    dW = tl.trans(tl.load(dW1_group + matrix(D, D)))
     dq_i = dot(dz_q_i, W, load_rows(do + token, stride_t, slots, valid, D).to(tl.float32))
     dk_i = dot(dz_i, W, de_i)
     zeros = tl.zeros([BLOCK, BLOCK], tl.float32)
