@@ -11,6 +11,13 @@ from transformers import LlamaConfig, PreTrainedConfig, WhisperConfig
 TTT_LAYER_TYPES = ("hybrid", "hybrid_sliding", "linear_attention")
 SLIDING_LAYER_TYPES = ("sliding_attention", "hybrid_sliding")
 LAYER_TYPES = ("full_attention", "sliding_attention", *TTT_LAYER_TYPES)
+# The classes that a saved folder carries, which Transformers completes for one Auto class only.
+AUTO_MAP = {
+    "AutoConfig": "configuration_ttt_omni.TTTOmniConfig",
+    "AutoModel": "modeling_ttt_omni.TTTOmniModel",
+    "AutoModelForCausalLM": "modeling_ttt_omni.TTTOmniForCausalLM",
+    "AutoModelForMultimodalLM": "modeling_ttt_omni.TTTOmniForCausalLM",
+}
 DEFAULT_TTT_BASE_LR = {"linear": 1.0, "mlp": 0.1}
 
 
@@ -352,6 +359,7 @@ class TTTOmniConfig(PreTrainedConfig):
         for name, config_class in self.sub_configs.items():
             if isinstance(getattr(self, name), dict):
                 setattr(self, name, config_class(**getattr(self, name)))
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
         self.validate_architecture()
 

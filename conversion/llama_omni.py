@@ -219,12 +219,6 @@ def plan_conversion(
 
     config.architectures = [TTTOmniForCausalLM.__name__]
     config.dtype = DTYPES[dtype]
-    config.auto_map = {
-        "AutoConfig": "configuration_ttt_omni.TTTOmniConfig",
-        "AutoModel": "modeling_ttt_omni.TTTOmniModel",
-        "AutoModelForCausalLM": "modeling_ttt_omni.TTTOmniForCausalLM",
-        "AutoModelForMultimodalLM": "modeling_ttt_omni.TTTOmniForCausalLM",
-    }
     card = Template((PACKAGE_FOLDER / "model_card.md").read_text(encoding="utf-8"))
     return Conversion(
         config=config,

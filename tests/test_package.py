@@ -73,9 +73,7 @@ def test_a_model_of_the_package_saves_its_code(tiny_model_dir, tmp_path):
     )
     ttt_omni.TTTOmniForCausalLM(fresh).save_pretrained(tmp_path)
     saved = AutoConfig.from_pretrained(tmp_path)
-    assert {
-        name: saved.auto_map[name] for name in ("AutoConfig", "AutoModelForCausalLM")
-    }.items() <= config.auto_map.items()
+    assert saved.auto_map == config.auto_map
     assert {path.name for path in tmp_path.glob("*.py")} == FLAT_FILES - {"processing_ttt_omni.py"}
 
 
@@ -108,5 +106,38 @@ def test_the_wheel(tmp_path):
         "ttt_omni/model_card.md",
         *(f"ttt_omni/{name}" for name in FLAT_FILES),
     }
-    assert {"ttt_omni/conversion/cli.py", "ttt_kernels/__init__.py"} <= set(names)
+    assert {"ttt_omni/conversion/cli.py", "ttt_omni/training/__init__.py", "ttt_kernels/__init__.py"} <= set(names)
     assert not any("tests" in name for name in names)
+
+
+REMOTE_ANSWER = """
+import sys, torch
+sys.modules.update({"ttt_omni": None, "ttt_kernels": None})  # importing them fails
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor
+
+path, golden = sys.argv[1], load_file(sys.argv[2])
+processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+features = processor(text=processor.audio_token, audio=golden["waveform"].numpy(), sampling_rate=16000)
+torch.testing.assert_close(features["input_features"][0].T, golden["mel"], rtol=0, atol=1e-5)
+model = AutoModelForMultimodalLM.from_pretrained(path, trust_remote_code=True)
+audio = [model.config.audio_token_id] * 300
+ids = torch.tensor([[x for i in golden["input_ids"].tolist() for x in (audio if i == -200 else [i])]])
+inputs = {"input_ids": ids, "input_features": features["input_features"]}
+embeds = model.get_audio_features(features["input_features"]).pooler_output
+torch.testing.assert_close(embeds, golden["speech_embeds"], rtol=1e-4, atol=1e-4)
+torch.testing.assert_close(model(**inputs).logits[0, -32:], golden["prefill_logits_last32"], rtol=1e-3, atol=1e-3)
+out = model.generate(**inputs, max_new_tokens=24, return_audio=True, do_sample=False)
+assert torch.equal(out.sequences[0, ids.shape[1]:], golden["greedy_tokens"])
+assert torch.equal(out.units[0], golden["units"])
+assert out.waveform[0].abs().max() > 0.01
+events = model.stream(**inputs, max_new_tokens=24, do_sample=False, tokenizer=processor.tokenizer)
+streamed = torch.cat([event.waveform for event in events if event.waveform is not None])
+torch.testing.assert_close(streamed, out.waveform[0], rtol=0, atol=1e-5)
+"""
+
+
+def test_the_originals_numbers_without_the_package(golden_model_dir, goldens, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    arguments = [golden_model_dir, goldens / "golden.safetensors"]
+    subprocess.run([sys.executable, "-c", REMOTE_ANSWER, *arguments], cwd=tmp_path, check=True)
