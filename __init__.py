@@ -12,6 +12,7 @@ from .configuration_ttt_omni import (
 from .modeling_ttt_omni import TTTOmniForCausalLM, TTTOmniModel
 from .ops_ttt_omni import TTTLinearState, TTTMLPState, ttt_linear, ttt_mlp
 from .processing_ttt_omni import TTTOmniProcessor
+from .streaming_ttt_omni import turn_pieces
 from .training import ttt_lora_config
 
 
@@ -40,4 +41,5 @@ __all__ = [
     "ttt_linear",
     "ttt_lora_config",
     "ttt_mlp",
+    "turn_pieces",
 ]

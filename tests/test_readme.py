@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import torch
 
 from ttt_omni.conversion.cli import _parser, main
 
@@ -31,6 +32,8 @@ def test_python(after_demo, capsys):
         exec(compile(block, "README.md", "exec"), names)
     assert Path("converted/model.safetensors").exists()
     assert len(names["out"].waveform[0]) > 0 and len(names["play"]) > 0
+    first, second = names["first"], names["second"]
+    assert torch.equal(second.sequences[:, : first.shape[1]], first) and len(second.waveform[0]) > 0
     assert names["o"].shape == names["q"].shape
 
 
