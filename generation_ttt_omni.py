@@ -16,6 +16,7 @@ from .streaming_ttt_omni import TTTOmniStreamer, TTTOmniStreamEvent, check_speak
 logger = logging.get_logger(__name__)
 
 FULL_ATTENTION = {"full_attention", "hybrid"}
+TOKENS_PER_STEP = 60  # of a long prompt; a mask of so many rows over hours of speech is still small
 
 
 @dataclass
@@ -133,8 +134,9 @@ class TTTOmniGenerationMixin(GenerationMixin):
         yield memory
 
     def _hear(self, piece, memory):
-        inputs = {name: x.to(self.device) for name, x in piece.items()}
-        self.model(**inputs, past_key_values=memory.past_key_values, use_cache=True)
+        embeds = self.model.embed(**{name: x.to(self.device) for name, x in piece.items()})
+        for step in embeds.split(TOKENS_PER_STEP, dim=1):
+            self.model(inputs_embeds=step, past_key_values=memory.past_key_values, use_cache=True)
         self._remember(piece["input_ids"], memory)
 
     def _remember(self, input_ids, memory):
