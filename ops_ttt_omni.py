@@ -438,7 +438,10 @@ def _affine(x, W, b):
 
 def _stepped_affine(x, W, b, keys, u, reach):
     """x under the inner layer as each row of x finds it, after the steps of all rows before."""
-    return _baddbmm(_affine(x, W, b), torch.addcmul(reach, x @ keys.mT, reach), u, alpha=-1)
+    z = _affine(x, W, b)
+    weights = torch.addcmul(reach, x @ keys.mT, reach)
+    z.flatten(0, 1).baddbmm_(weights.flatten(0, 1), u.flatten(0, 1), alpha=-1)  # z is ours, so that it may be changed
+    return z
 
 
 def _descend(W, b, keys, u, complete, step):
