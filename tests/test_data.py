@@ -89,15 +89,31 @@ def test_items_are_read_when_taken(tmp_path, processor, config):
 
 def test_joined_conversations(spoken_corpus, processor, config, dataset):
     lengths = [len(item["input_ids"]) for item in dataset]
-    room = sum(lengths[:2])
-    joined = ConversationDataset(spoken_corpus, processor, config, join_to_length=room)
-    assert joined.groups == [(0, 2), (2, 3), (3, 4)]
+    joined = ConversationDataset(spoken_corpus, processor, config, join_to_length=lengths[3] + 100)
+    assert joined.groups == [(0, 2), (2, 3), (3, 4)] and joined.num_spoken == 4
     assert [len(joined[i]["input_ids"]) for i in (1, 2)] == lengths[2:]
+    assert len(joined[0]["input_ids"]) < sum(lengths[:2])  # the system prompt comes once
     item = joined[0]
-    assert len(item["input_ids"]) <= room and len(item["unit_labels"]) == len(item["input_features"]) == 2
+    assert len(item["unit_labels"]) == len(item["input_features"]) == 2
     assert processor.decode(item["input_ids"]).count("<|begin_of_text|>") == 2  # the doubled one of one conversation
+
+    short = {"processor_kwargs": {"drop_audio_padding": True}}
+    last = len(ConversationDataset(spoken_corpus, processor, config, **short)[3]["input_ids"])
+    assert last < lengths[3]
+    ConversationDataset(spoken_corpus, processor, config, join_to_length=last, **short)
+    with pytest.raises(ManifestError, match=rf"line 4: the conversation has {last} tokens"):
+        ConversationDataset(spoken_corpus, processor, config, join_to_length=last - 1, **short)
     with pytest.raises(ManifestError, match=rf"line 4: the conversation has {lengths[3]} tokens, more than"):
         ConversationDataset(spoken_corpus, processor, config, join_to_length=lengths[3] - 1)
+
+
+def test_joined_conversations_fill_their_length(processor, config, tmp_path):
+    manifest = tmp_path / "texts.jsonl"
+    manifest.write_text("\n".join(json.dumps(conversation("Hi", "Ho " * n)) for n in (5, 8, 3)))
+    full = len(ConversationDataset(manifest, processor, config, join_to_length=1000)[0]["input_ids"])
+    for length, groups in ((full, [(0, 3)]), (full - 1, [(0, 2), (2, 3)])):
+        joined = ConversationDataset(manifest, processor, config, join_to_length=length)
+        assert joined.groups == groups and joined.num_spoken == 0
 
 
 # What is refused

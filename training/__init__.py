@@ -3,7 +3,7 @@
 
 from .calibration import calibrate, calibrate_folder
 from .data import ConversationCollator, ConversationDataset, ManifestError
-from .lora import TTT_MODULES_TO_SAVE, ttt_lora_config
+from .lora import TTT_MODULES_TO_SAVE, ttt_lora_config, write_adapter_card
 
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "calibrate",
     "calibrate_folder",
     "ttt_lora_config",
+    "write_adapter_card",
 ]

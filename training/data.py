@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..configuration_ttt_omni import TTTOmniConfig
+from ..configuration_ttt_omni import TTTOmniConfig, audio_embedding_lengths
 from ..processing_ttt_omni import TTTOmniProcessor
 
 
@@ -71,6 +71,7 @@ class ConversationDataset(Dataset):
         self.processor_kwargs = processor_kwargs or {}
         self.offsets = array("q")  # of the lines in the file
         self.groups = []  # of the conversations joined into one item, first and last + 1
+        self.num_spoken = 0  # conversations with units for all answers
         self._check()
 
     def __len__(self) -> int:
@@ -112,18 +113,11 @@ class ConversationDataset(Dataset):
                         conversation = _parse(line, self.manifest.parent)
                         self._check_speech(conversation)
                         self._check_units(conversation)
-                        length = 0 if self.join_to_length is None else self._length(conversation)
+                        room = self._add(conversation, room)
                     except ManifestError as error:
                         raise ManifestError(f"{self.manifest}, line {number}: {error}") from None
-                    index = len(self.offsets)
                     self.offsets.append(offset)
-                    if self.join_to_length is None or length > room:
-                        self.groups.append((index, index + 1))
-                        room = self.join_to_length
-                    else:
-                        self.groups[-1] = (self.groups[-1][0], index + 1)
-                    if self.join_to_length is not None:
-                        room -= length
+                    self.num_spoken += all(conversation.units)
                 offset += len(line)
         if not self.offsets:
             raise ManifestError(f"{self.manifest} has no conversations.")
@@ -156,17 +150,39 @@ class ConversationDataset(Dataset):
                     f"{self.config.speech_decoder_config.unit_vocab_size - 1}."
                 )
 
-    def _length(self, conversation: "_Conversation") -> int:
-        """Number of tokens, of which each recording takes those of its windows."""
-        prompt = self.processor.apply_chat_template(conversation.messages)
-        length = len(self.processor.tokenizer(prompt, add_special_tokens=False).input_ids)
-        extractor = self.processor.feature_extractor
-        per_window = extractor.nb_max_frames // 2 // self.processor.audio_downsample
-        for path in conversation.speech:
-            length += -(-soundfile.info(path).frames // extractor.n_samples) * per_window - 1
+    def _add(self, conversation: "_Conversation", room: int) -> int:
+        """Joins the next conversation to the last group if there is room, or to a new one. Returns the room left."""
+        index = len(self.offsets)
+        if self.join_to_length is None:
+            self.groups.append((index, index + 1))
+            return 0
+        length = self._length(conversation.messages, conversation.speech)
         if length > self.join_to_length:
             raise ManifestError(f"the conversation has {length} tokens, more than {self.join_to_length} at a time.")
-        return length
+        if index == 0:  # the system prompt comes once
+            self.shared_length = 2 * length - self._length(2 * conversation.messages, 2 * conversation.speech)
+        if not self.groups or length - self.shared_length > room:
+            self.groups.append((index, index + 1))
+            return self.join_to_length - length
+        self.groups[-1] = (self.groups[-1][0], index + 1)
+        return room - (length - self.shared_length)
+
+    def _length(self, messages: list[dict[str, Any]], speech: list[Path]) -> int:
+        """Number of tokens, of which each recording takes those of its windows."""
+        prompt = self.processor.apply_chat_template(messages)
+        length = len(self.processor.tokenizer(prompt, add_special_tokens=False).input_ids)
+        return length + sum(self._speech_length(soundfile.info(path).frames) - 1 for path in speech)
+
+    def _speech_length(self, samples: int) -> int:
+        """Number of embeddings of a recording."""
+        extractor = self.processor.feature_extractor
+        starts = torch.arange(0, samples, extractor.n_samples)
+        windows = (samples - starts).clamp(max=extractor.n_samples)  # samples of each
+        if not self.processor_kwargs.get("drop_audio_padding"):
+            windows[:] = extractor.n_samples
+        mel_frames = -(-windows // extractor.hop_length)  # [W]
+        mask = torch.arange(extractor.nb_max_frames) < mel_frames[:, None]  # [W, 3000]
+        return int(audio_embedding_lengths(mask, self.processor.audio_downsample).sum())
 
 
 @dataclass(frozen=True)

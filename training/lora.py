@@ -1,7 +1,11 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
-"""Adapters of PEFT for the layers that hold a memory."""
+"""Adapters of PEFT for the layers that remember."""
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCardData
 
 from ..modeling_ttt_omni import TTTOmniForCausalLM
 
@@ -12,6 +16,26 @@ if TYPE_CHECKING:
 
 # What of TTT is no projection, and small: trained and saved as it is.
 TTT_MODULES_TO_SAVE = ("inner_model", "inner_norm", "lr_gate", "post_norm", "token_scale", "ttt_gate")
+
+
+CARD = """\
+# Adapter of [{base_model}](https://huggingface.co/{base_model})
+
+Fine-tuned with TTT-Omni.
+
+| | |
+| --- | --- |
+{rows}
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+model = AutoModelForCausalLM.from_pretrained("{base_model}", trust_remote_code=True)
+model = PeftModel.from_pretrained(model, "path or repository of this adapter")
+processor = AutoProcessor.from_pretrained("{base_model}", trust_remote_code=True)
+```
+"""
 
 
 def ttt_lora_config(model: TTTOmniForCausalLM, rank: int = 16, **kwargs: Any) -> "LoraConfig":
@@ -43,3 +67,18 @@ def ttt_lora_config(model: TTTOmniForCausalLM, rank: int = 16, **kwargs: Any) ->
         "modules_to_save": [name for name in TTT_MODULES_TO_SAVE if name in names],
     }
     return LoraConfig(**(values | kwargs))
+
+
+def write_adapter_card(folder: str | os.PathLike, base_model: str, stage: dict[str, Any]) -> None:
+    """
+    Writes `README.md` into the folder of an adapter, from where `push_to_hub` or `hf upload` takes it.
+
+    Args:
+        folder: that of the adapter.
+        base_model: repository, or folder, of the model that it belongs to.
+        stage: what the card says of its training, by name.
+    """
+    data = ModelCardData(base_model=base_model, library_name="peft", tags=["lora", "ttt-omni"])
+    rows = "\n".join(f"| {name} | {value} |" for name, value in stage.items())
+    text = f"---\n{data.to_yaml()}\n---\n\n{CARD.format(base_model=base_model, rows=rows)}"
+    Path(folder, "README.md").write_text(text, encoding="utf-8")

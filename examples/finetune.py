@@ -1,0 +1,153 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+"""
+Teaches a graft to use its memory: one stage of fine-tuning with PEFT, on conversations of at most so many tokens.
+
+    ttt-omni calibrate --model GRAFT --data corpus.jsonl --output calibrated
+    python examples/finetune.py examples/stages/8k.yaml model=calibrated manifest=corpus.jsonl output_dir=stage-8k
+    python examples/finetune.py examples/stages/16k.yaml model=calibrated manifest=corpus.jsonl output_dir=stage-16k \\
+        previous=stage-8k
+
+A YAML file holds the fields of `StageArguments` and of Transformers' `TrainingArguments`; `name=value` after it wins.
+`accelerate launch examples/finetune.py …` runs it on several devices. The same command again goes on from the last
+checkpoint after an interruption. The adapter and its card end up in `output_dir`.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import PeftModel, get_peft_model
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ttt_omni import TTTOmniForCausalLM, TTTOmniProcessor, ttt_lora_config
+from ttt_omni.training import ConversationCollator, ConversationDataset, write_adapter_card
+
+
+LOSSES = ("both", "lm", "ctc")
+
+
+@dataclass
+class StageArguments:
+    """
+    Args:
+        model: folder or repository of the calibrated graft.
+        manifest: conversations to train on, see [`ConversationDataset`].
+        length: conversations are joined into ones of at most so many tokens.
+        previous: folder or repository of the adapter of the stage before; without it, a fresh one is made.
+        rank: of a fresh adapter.
+        memory_learning_rate: for what belongs to TTT; `learning_rate` is for the rest.
+        loss: "lm", "ctc", or "both".
+        loss_chunk_size: positions whose logits are held at a time.
+        packing: put the items of a batch into one row rather than padding them.
+        drop_audio_padding: give no embeddings to the padding of speech to 30 s, other than the original.
+    """
+
+    model: str
+    manifest: str
+    length: int
+    previous: str | None = None
+    rank: int = 16
+    memory_learning_rate: float = 1e-3
+    loss: str = "both"
+    loss_chunk_size: int = 1024
+    packing: bool = True
+    drop_audio_padding: bool = False
+
+    def __post_init__(self):
+        if self.loss not in LOSSES:
+            raise ValueError(f"`loss` must be one of {', '.join(LOSSES)}, got {self.loss!r}.")
+
+
+class StageTrainer(Trainer):
+    """Transformers' trainer with a learning rate for the memory, and with the losses of speech and text."""
+
+    def __init__(self, *args, stage: StageArguments, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.stage = stage
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if not is_new:
+            return optimizer
+        named_parameters = (self.model if model is None else model).named_parameters()
+        memory = {id(parameter) for name, parameter in named_parameters if ".ttt." in name or ".ttt_gate." in name}
+        for group in list(optimizer.param_groups):
+            parameters = group["params"]
+            group["params"] = [parameter for parameter in parameters if id(parameter) not in memory]
+            taken = [parameter for parameter in parameters if id(parameter) in memory]
+            if taken:
+                optimizer.add_param_group({**group, "params": taken, "lr": self.stage.memory_learning_rate})
+        return optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs["loss_chunk_size"] = self.stage.loss_chunk_size
+        if self.stage.loss == "lm":
+            inputs.pop("unit_labels", None)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.stage.loss == "ctc":
+            loss = outputs.ctc_loss
+        return (loss, outputs) if return_outputs else loss
+
+
+def read_arguments(path: str, *overrides: str) -> tuple[StageArguments, TrainingArguments]:
+    """The fields in the YAML file `path`, and those that `name=value` set anew."""
+    values: dict[str, Any] = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"{override!r} is not of the form name=value.")
+        values[name] = yaml.safe_load(value)
+    return HfArgumentParser((StageArguments, TrainingArguments)).parse_dict(values | {"remove_unused_columns": False})
+
+
+def train(stage: StageArguments, arguments: TrainingArguments) -> Trainer:
+    """Runs the stage, from its last checkpoint if there is one, and saves the adapter."""
+    set_seed(arguments.seed)
+    processor = TTTOmniProcessor.from_pretrained(stage.model)
+    base = TTTOmniForCausalLM.from_pretrained(stage.model, dtype="auto")
+    dataset = ConversationDataset(
+        stage.manifest,
+        processor,
+        base.config,
+        join_to_length=stage.length,
+        processor_kwargs={"drop_audio_padding": stage.drop_audio_padding},
+    )
+    needed = {"lm": 0, "both": 1, "ctc": len(dataset.offsets)}[stage.loss]
+    if dataset.num_spoken < needed:
+        raise ValueError(f"{stage.manifest} has too few conversations with `units` for `loss={stage.loss}`.")
+    if stage.previous is None:
+        model = get_peft_model(base, ttt_lora_config(base, stage.rank))
+    else:
+        model = PeftModel.from_pretrained(base, stage.previous, is_trainable=True)
+    trainer = StageTrainer(
+        model,
+        arguments,
+        train_dataset=dataset,
+        data_collator=ConversationCollator(processor.tokenizer.pad_token_id, stage.packing),
+        stage=stage,
+    )
+    folder = Path(arguments.output_dir)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        write_adapter_card(
+            folder,
+            base_model=stage.model,
+            stage={"tokens": stage.length, "loss": stage.loss, "previous stage": stage.previous or "none"},
+        )
+    return trainer
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    try:
+        stage_arguments = read_arguments(*sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"finetune.py: {error}")
+    train(*stage_arguments)

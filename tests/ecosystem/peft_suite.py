@@ -1,0 +1,78 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+"""
+PEFT's own tests of decoder models, run on TTT-Omni, outside of this repository.
+
+    python tests/ecosystem/peft_suite.py [--source DIR] [pytest arguments]
+
+They are in the source release of PEFT, which is downloaded from PyPI in the version that is installed, or taken from
+--source. A tiny model takes the place of theirs, and as PEFT has no default target modules for its type, those of
+Llama are set for it.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import peft
+
+from ttt_omni.conversion import make_tiny
+
+
+# Their helpers import `diffusers`, which no test of decoder models uses, and `datasets`, to load some from the Hub.
+CONFTEST = """
+import importlib.machinery
+import sys
+import types
+
+import peft.utils.constants
+import pytest
+import ttt_omni
+
+for name in ("diffusers", "datasets"):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
+sys.modules["diffusers"].StableDiffusionPipeline = object
+sys.modules["datasets"].load_dataset = lambda *args, **kwargs: pytest.skip("needs a data set of the Hub")
+
+for name, mapping in vars(peft.utils.constants).items():
+    if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in mapping:
+        mapping["ttt_omni"] = mapping["llama"]
+"""
+
+
+def download(folder: Path) -> Path:
+    """Download and unpack the source release of the installed PEFT into `folder`."""
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
+    subprocess.run([*pip, f"peft=={peft.__version__}", "--dest", str(folder)], check=True)
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        archive.extractall(folder, filter="data")
+    return next(path for path in folder.iterdir() if path.is_dir())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, help="an unpacked source release of PEFT")
+    arguments, pytest_arguments = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        work = folder / "work"
+        shutil.copytree((arguments.source or download(folder)) / "tests", work / "tests")
+        model = folder / "tiny-ttt-omni"
+        make_tiny(model)
+        (work / "tests" / "__init__.py").touch()
+        (work / "tests" / "conftest.py").write_text(CONFTEST)
+        suite = work / "tests" / "test_decoder_models.py"
+        models = "PEFT_DECODER_MODELS_TO_TEST = [\n"
+        suite.write_text(suite.read_text().replace(models, f'{models}    "{model}",\n'))
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--rootdir", str(work), str(suite)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        return subprocess.run([*command, "-k", model.name, *pytest_arguments], cwd=work, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
