@@ -40,9 +40,9 @@ def message(audio) -> dict:
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory) -> str:
-    """100 s, which are four windows."""
+    """70 s, which are three windows."""
     path = tmp_path_factory.mktemp("recording") / "talk.flac"
-    soundfile.write(path, sound(100), RATE)
+    soundfile.write(path, sound(70), RATE)
     return str(path)
 
 
@@ -70,7 +70,7 @@ def test_pieces_are_the_prompt(processor, recording):
         torch.cat([piece["input_features"] for piece in pieces if "input_features" in piece]), inputs["input_features"]
     )
     assert max(piece["input_ids"].shape[1] for piece in pieces) == 300
-    assert sum(piece["input_ids"].eq(processor.audio_token_id).sum() for piece in pieces) == 4 * 300
+    assert sum(piece["input_ids"].eq(processor.audio_token_id).sum() for piece in pieces) == 3 * 300
 
 
 @pytest.mark.parametrize("content", ["Hello", [{"type": "text", "text": "Hello"}]])
@@ -110,12 +110,12 @@ def test_a_file_is_read_as_it_is_heard(model, processor, recording, monkeypatch)
     for memory in model.listen(turn_pieces(processor, message(recording))):
         windows = int(memory.input_ids.eq(processor.audio_token_id).sum()) // 300
         ahead.append(len(blocks) - windows)
-    assert max(ahead) <= 2 and len(blocks) == 5
+    assert max(ahead) <= 2 and len(blocks) == 4
 
 
 def test_interrupted_and_resumed(model, processor, recording, tmp_path):
     expected = answer(model, listen(model, turn_pieces(processor, message(recording))))
-    for stop in range(6):
+    for stop in (0, 3, 5):
         listening = model.listen(turn_pieces(processor, message(recording)))
         memory = deque(islice(listening, stop + 1), maxlen=1).pop()
         path = tmp_path / f"{stop}.safetensors"

@@ -87,7 +87,7 @@ def test_golden_units_in_pieces(model, golden, sizes):
 
 
 @torch.no_grad()
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, 1000),
     sizes=SIZES,
@@ -146,7 +146,7 @@ def test_golden_answer(model, inputs, golden):
     torch.testing.assert_close(waveform, out.waveform[0], rtol=0, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=4)
 @given(first_chunk_size=st.integers(1, 60), chunk_size=st.integers(1, 60), seed=st.integers(0, 2))
 def test_stream_is_generate(model, first_chunk_size, chunk_size, seed):
     inputs = text_inputs(seed) | {"do_sample": False, "max_new_tokens": 10}
@@ -168,7 +168,7 @@ def test_end_of_answer(model, inputs, golden, place):
 
 
 def test_sampled(model, inputs):
-    sampling = {"do_sample": True, "max_new_tokens": 12, "repetition_penalty": 1.2, "top_k": 20}
+    sampling = {"do_sample": True, "max_new_tokens": 8, "repetition_penalty": 1.2, "top_k": 20}
     torch.manual_seed(1)
     out = model.generate(**inputs, **sampling, return_audio=True)
     torch.manual_seed(1)
