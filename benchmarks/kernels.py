@@ -93,6 +93,7 @@ def measure_decode(args, batch: int, floors: dict) -> list[dict]:
         what = "decode, last position" if position == args.mini_batch - 1 else "decode"
         tokens, parameters, state = inputs(args, batch, 1)
         run = ttt_kernels.ttt_linear_decode if args.layer == "linear" else ttt_kernels.ttt_mlp_decode
+        run = torch.no_grad()(run)
         state[-1].fill_(position)
         # States enough to be past the cache, as a model of many layers has them.
         size = sum(x.numel() * x.element_size() for x in state)
@@ -189,7 +190,9 @@ def torch_op(args, batch, length, backward, compiled=False):
 def fla_op(name, args, batch, length, backward):
     import fla.ops.ttt
 
-    (q, k, v, lr), (_, weight, bias), state = inputs(args, batch, length, backward)
+    (q, k, v, lr), (_, weight, bias), state = inputs(args, batch, length)
+    weight, bias = weight.bfloat16(), bias.bfloat16()  # its backward pass takes no others
+    leaves = [x.requires_grad_(backward) for x in (q, k, v, lr, weight, bias, *state[:2])]
     op = getattr(fla.ops.ttt, name)
 
     def forward():
@@ -198,7 +201,7 @@ def fla_op(name, args, batch, length, backward):
         return op(*tokens, weight, bias, eta, chunk_size=args.mini_batch, initial_state=state[0],
                   initial_state_bias=state[1], output_final_state=True)[0]  # fmt: skip
 
-    return with_backward(forward, [q, k, v, lr, weight, bias, *state[:2]], backward)
+    return with_backward(forward, leaves, backward)
 
 
 def attention(args, batch, length, backward):

@@ -42,13 +42,12 @@ def _block_sizes(position):
     return {"BLOCK": BLOCK, "R": rows, "R_BLOCK": triton.next_power_of_2(rows)}
 
 
-def _launch(q, stages=3):
-    """Warps and stages that fit a Hopper GPU's registers and shared memory."""
-    return {"num_warps": 8 if q.shape[3] == 128 else 4, "num_stages": 1 if q.dtype == torch.float32 else stages}
+def _launch(q):
+    """One stage: more of them in flight cost registers, whose spills then take longer than the loads (measured)."""
+    return {"num_warps": 8 if q.shape[3] == 128 else 4, "num_stages": 1}
 
 
-def _launch_blocks(q):
-    return {"num_warps": 4, "num_stages": 1}
+LAUNCH_BLOCKS = {"num_warps": 4, "num_stages": 1}
 
 
 def _workspace(q, groups, *shape, dtype=None):
@@ -98,7 +97,7 @@ def linear_forward(
     )
     kernels.outputs[sizes["groups"] * GROUP // BLOCK, sizes["H"]](
         q, k, scale, ln_weight, ln_bias, pending_k, position, starts, ends, u1, W1_group, b1_group, o,
-        **sizes, **_block_sizes(position), **_launch_blocks(q),
+        **sizes, **_block_sizes(position), **LAUNCH_BLOCKS,
     )  # fmt: skip
     return outputs
 
@@ -165,17 +164,17 @@ def linear_backward(
     kernels.before_chain_backward[blocks, heads](
         q, k, v, *inputs, starts, ends, u1, W1_group, b1_group, do,
         dz_q, du1, x, e, statistics, dscale_parts, dln_parts[0],
-        **sizes, **_block_sizes(position), **_launch_blocks(q),
+        **sizes, **_block_sizes(position), **LAUNCH_BLOCKS,
     )  # fmt: skip
     kernels.chain_backward[heads, position.shape[0]](
         q, k, lr, scale, ln_weight, pending_k, position, starts, ends, dz_q, du1, x, e, statistics,
         dW1_out, db1_out, dpending_u1_out, dz, de, dlr, dW1_group, db1_group, dW1, db1, dpending_u1,
-        **sizes, **_chain_sizes(lr), **_launch(q, stages=2),
+        **sizes, **_chain_sizes(lr), **_launch(q),
     )  # fmt: skip
     kernels.after_chain_backward[blocks, heads](
         q, k, v, *inputs, starts, ends, u1, W1_group, do, dz_q, x, dz, de, dW1_group, db1_group, dpending_k_out,
         dq, dk, dv, dpending_k, dlast_scale_parts, dln_parts[1],
-        **sizes, **_block_sizes(position), **_launch_blocks(q),
+        **sizes, **_block_sizes(position), **LAUNCH_BLOCKS,
     )  # fmt: skip
     dscale.copy_(dscale_parts.view(-1, scale.shape[0]).sum(0))
     dscale[-1] += dlast_scale_parts.sum()

@@ -87,49 +87,48 @@ def chain_forward(
     tl.store(pending_u1_out + state * M * D + matrix(M, D), u * (1 - complete))
 
     # The model takes a step at the start of the next turn: a product that led to another one within a turn would be
-    # laid out over the rows alone, of which there are too few for 8 warps. b stands in M equal rows, as z needs it.
+    # laid out over the rows alone, of which there are too few for 8 warps.
     step = tl.zeros([M, D], k_n.dtype)
-    b_rows = tl.zeros([M, D], tl.float32) + b[None, :]
-    ones = tl.full([M, M], 1, k_n.dtype)
-    b_pointers = slots[:, None] * 0 + d[None, :]
-    for n in range(1, end // M):
-        rows = n * M + slots.to(tl.int64)
-        v_n = tl.load(v + rows[:, None] * stride_t + d[None, :])
-        k_n = tl.load(k + rows[:, None] * stride_t + d[None, :])
-        lr_n = tl.load(lr + rows * lr_stride_t).to(tl.float32)
-        rows = tl.maximum(n * M - M, M) + slots.to(tl.int64)
-        W = dot(tl.trans(tl.load(k + rows[:, None] * stride_t + d[None, :])), step, W)
-        b_rows = dot(ones, step, b_rows)
+    tokens = slots[:, None] * stride_t + d[None, :]
+    lr_tokens = slots * lr_stride_t
+    stride_n = tl.full([], M, tl.int64) * stride_t
+    for n in tl.range(1, end // M, disable_licm=True):
+        before = tl.maximum(n - 1, 1) * stride_n
+        now = n * stride_n
+        v_n = tl.load(v + now + tokens)
+        k_n = tl.load(k + now + tokens)
+        lr_n = tl.load(lr + n * M * lr_stride_t + lr_tokens).to(tl.float32)
+        W = dot(tl.trans(tl.load(k + before + tokens)), step, W)
         if n % G == 0:
             tl.store(W1_group + (n // G) * D * D + matrix(D, D), W.to(W1_group.dtype.element_ty))
-            tl.store(b1_group + (n // G) * D + b_pointers, b_rows, mask=(slots == 0)[:, None])
-        z = dot(k_n, W.to(k_n.dtype), tl.zeros([M, D], tl.float32)) + b_rows
+            tl.store(b1_group + (n // G) * D + d, b)
+        z = dot(k_n, W.to(k_n.dtype), tl.zeros([M, D], tl.float32) + b[None, :])
         c = (k_n.to(tl.float32) - v_n.to(tl.float32)) * w + bias * w
         u = inner_grad(z, c, w, lr_n, D)
-        rows = n * M + slots.to(tl.int64)
-        tl.store(u1 + rows[:, None] * D + d[None, :], u.to(u1.dtype.element_ty))
-        step = (u * -last_scale).to(k_n.dtype)
+        tl.store(u1 + n * M * D + matrix(M, D), u.to(u1.dtype.element_ty))
+        u *= -last_scale
+        b += tl.sum(u, axis=0)
+        step = u.to(k_n.dtype)
     rows = end // M * M - M + slots
     W = dot(tl.trans(load_rows(k, stride_t, rows, rows >= M, D)), step, W)
-    b_rows = dot(ones, step, b_rows)
 
     if (end >= M) & (end % M != 0):  # the last mini-batch, not yet complete
         n = end // M
         if n % G == 0:
             tl.store(W1_group + (n // G) * D * D + matrix(D, D), W.to(W1_group.dtype.element_ty))
-            tl.store(b1_group + (n // G) * D + b_pointers, b_rows, mask=(slots == 0)[:, None])
+            tl.store(b1_group + (n // G) * D + d, b)
         valid = n * M + slots < end
         k_n = load_rows(k, stride_t, n * M + slots, valid, D)
         v_n = load_rows(v, stride_t, n * M + slots, valid, D)
         c = (bias - v_n.to(tl.float32) + k_n.to(tl.float32)) * w
         lr_n = tl.load(lr + (n * M + slots) * lr_stride_t, mask=valid, other=0.0).to(tl.float32)
-        u = inner_grad(dot(k_n, W.to(k_n.dtype), b_rows), c, w, lr_n, D)
+        u = inner_grad(dot(k_n, W.to(k_n.dtype), tl.zeros([M, D], tl.float32) + b[None, :]), c, w, lr_n, D)
         store_rows(u1, D, n * M + slots, valid, u, D)
         tl.store(pending_k_out + state * M * D + matrix(M, D), k_n.to(tl.float32))
         tl.store(pending_u1_out + state * M * D + matrix(M, D), u)
 
     tl.store(W1_out + state * D * D + matrix(D, D), W + W_mean[:, None])
-    tl.store(b1_out + state * D + b_pointers, b_rows + b_mean, mask=(slots == 0)[:, None])
+    tl.store(b1_out + state * D + d, b + b_mean)
     if head == 0:
         tl.store(position_out + row, (end % M).to(tl.int64))
 
@@ -220,11 +219,8 @@ def before_chain_backward(
     q_i = load_rows(q, stride_t, slots, valid, D)
     k_i = load_rows(k, stride_t, slots, valid, D)
     k_i += load_rows(pending_k, D, slots, slots < taken, D).to(k_i.dtype)
-    W = tl.load(W1_group + matrix(D, D))
     b = tl.zeros([BLOCK, D], tl.float32) + tl.load(b1_group + d)[None, :]
-    z_q = dot(q_i, W, b)
-    z = dot(k_i, W, b)
-    last_scale = tl.load(scale + M - 1)
+    z_q = dot(q_i, tl.load(W1_group + matrix(D, D)), b)
     for j in range(0, block + 1):
         slots_j = slot + j * BLOCK + tl.arange(0, BLOCK)
         k_j = load_rows(k, stride_t, slots_j, (slots_j >= taken) & (slots_j < end), D)
@@ -232,9 +228,6 @@ def before_chain_backward(
         u_j = load_rows(u1, D, slots_j, slots_j < end, D)
         attention = dot(q_i, tl.trans(k_j), tl.zeros([BLOCK, BLOCK], tl.float32)) + 1
         z_q = dot((-attention * reach(scale, slots, slots_j, M)).to(u_j.dtype), u_j, z_q)
-        attention = dot(k_i, tl.trans(k_j), tl.zeros([BLOCK, BLOCK], tl.float32)) + 1
-        attention = tl.where(earlier(slots, slots_j, M), -last_scale * attention, 0.0)
-        z = dot(attention.to(u_j.dtype), u_j, z)
 
     x_q, rstd = layer_norm(z_q, D)
     do_i = load_rows(do, stride_t, slots, valid, D).to(tl.float32)
@@ -256,6 +249,16 @@ def before_chain_backward(
     du = dot(tl.trans(attention.to(dz_i.dtype)), dz_i, tl.zeros([BLOCK, D], tl.float32))
     store_rows(du1 + workspace * D, D, slots, slots < end, du, D)
 
+    z = dot(k_i, tl.load(W1_group + matrix(D, D)), tl.zeros([BLOCK, D], tl.float32) + tl.load(b1_group + d)[None, :])
+    last_scale = tl.load(scale + M - 1)
+    for j in range(0, block + 1):
+        slots_j = slot + j * BLOCK + tl.arange(0, BLOCK)
+        k_j = load_rows(k, stride_t, slots_j, (slots_j >= taken) & (slots_j < end), D)
+        k_j += load_rows(pending_k, D, slots_j, slots_j < taken, D).to(k_j.dtype)
+        u_j = load_rows(u1, D, slots_j, slots_j < end, D)
+        attention = dot(k_i, tl.trans(k_j), tl.zeros([BLOCK, BLOCK], tl.float32)) + 1
+        attention = tl.where(earlier(slots, slots_j, M), -last_scale * attention, 0.0)
+        z = dot(attention.to(u_j.dtype), u_j, z)
     x_i, rstd = layer_norm(z, D)
     w2 = w * w
     v_i = load_rows(v, stride_t, slots, valid, D).to(tl.float32)
@@ -326,7 +329,7 @@ def chain_backward(
     ones = tl.full([M, M], 1, k.dtype.element_ty)
     db_pointers = tl.arange(0, M)[:, None] * 0 + d[None, :]
     first_row = (tl.arange(0, M) == 0)[:, None]
-    for i in range(0, last + 1):
+    for i in tl.range(0, last + 1, disable_licm=True):
         n = last - i
         slots = n * M + tl.arange(0, M)
         exists = slots < end
