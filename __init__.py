@@ -10,7 +10,7 @@ from .configuration_ttt_omni import (
     TTTOmniVocoderConfig,
 )
 from .modeling_ttt_omni import TTTOmniForCausalLM, TTTOmniModel
-from .ops_ttt_omni import TTTLinearState, TTTMLPState, ttt_linear, ttt_mlp
+from .ops_ttt_omni import TTTLinearState, TTTMLPState, ttt_linear, ttt_mlp, use_kernels
 from .processing_ttt_omni import TTTOmniProcessor
 from .streaming_ttt_omni import turn_pieces
 from .training import ttt_lora_config
@@ -42,4 +42,5 @@ __all__ = [
     "ttt_lora_config",
     "ttt_mlp",
     "turn_pieces",
+    "use_kernels",
 ]

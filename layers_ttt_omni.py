@@ -243,10 +243,13 @@ class TTTOmniTTT(nn.Module):
         input_shape = hidden_states.shape
         if cu_seqlens is not None:
             hidden_states = hidden_states.reshape(1, -1, input_shape[-1])
+        # The cache's state is its own, so that without gradients its memory may be used again.
+        inplace = cache_layer is not None and not torch.is_grad_enabled()
         state = None if cache_layer is None else cache_layer.ttt_state
         if state is None:
             rows = hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             state = self.inner_model(rows)
+            state = state.clone() if inplace else state
         state = state.to(hidden_states.device)
 
         q, k, v = self._project(hidden_states, state, token_mask, cu_seqlens)
@@ -262,6 +265,7 @@ class TTTOmniTTT(nn.Module):
             attention_mask=token_mask,
             cu_seqlens=cu_seqlens,
             checkpoint_group_size=self.config.ttt_scan_checkpoint_group_size,
+            inplace=inplace,
         )
         if cache_layer is not None:
             cache_layer.update_ttt_state(new_state, input_shape[1])

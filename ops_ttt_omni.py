@@ -10,7 +10,15 @@ from typing import ClassVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers.utils import logging
 
+
+try:
+    import ttt_kernels
+except ImportError:  # also where Triton is missing
+    ttt_kernels = None
+
+logger = logging.get_logger(__name__)
 
 LAYER_NORM_EPS = 1e-6  # as in ttt-lm-pytorch
 
@@ -51,8 +59,8 @@ class TTTState:
         return self.map(torch.Tensor.detach)
 
     def clone(self) -> "TTTState":
-        """A copy that shares no memory with this state."""
-        return self.map(torch.Tensor.clone)
+        """A copy that shares no memory with this state, nor among its rows."""
+        return self.map(lambda x: x.clone(memory_format=torch.contiguous_format))
 
     def select(self, indices: torch.Tensor) -> "TTTState":
         """The rows `indices` (`[n]` integers or `[B]` booleans) of the batch."""
@@ -152,6 +160,7 @@ def ttt_linear(
     attention_mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     checkpoint_group_size: int = 0,
+    inplace: bool = False,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, TTTLinearState]:
     """
@@ -166,7 +175,9 @@ def ttt_linear(
         attention_mask: `[B, T]`, 0 for padding, which changes no state, takes no place in a mini-batch and outputs 0.
         cu_seqlens: `[n + 1]`, bounds of n sequences packed in the one row of q, k, v; `state` then has n rows.
         checkpoint_group_size: mini-batches per gradient checkpoint; 0 keeps all activations for the backward pass.
-        backend: `"torch"`, `"triton"` (the package `ttt_kernels`), or `"auto"`: Triton where it can run.
+        inplace: allow the state's memory to be used for the new one, without gradients; saves a copy per token.
+        backend: `"torch"`, `"triton"` (the package `ttt_kernels`), or `"auto"`: Triton for tensors on a GPU, where it
+            takes their shape.
 
     Returns:
         The output q + LN(f(q)) `[B, H, T, D]` in the dtype of q, and the state after these tokens.
@@ -176,7 +187,7 @@ def ttt_linear(
         RuntimeError: `backend="triton"` where it cannot run.
     """
     return _ttt(_linear_mini_batch, q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens,
-                checkpoint_group_size, backend)  # fmt: skip
+                checkpoint_group_size, inplace, backend)  # fmt: skip
 
 
 def ttt_mlp(
@@ -191,20 +202,30 @@ def ttt_mlp(
     attention_mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     checkpoint_group_size: int = 0,
+    inplace: bool = False,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, TTTMLPState]:
     """TTT-MLP over T more tokens; arguments, results and errors are those of [`ttt_linear`]."""
     return _ttt(_mlp_mini_batch, q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens,
-                checkpoint_group_size, backend)  # fmt: skip
+                checkpoint_group_size, inplace, backend)  # fmt: skip
+
+
+def use_kernels(module) -> None:
+    """
+    Use `module` for the backend `"triton"`, such as what the `kernels` library loads of a published `ttt_kernels`, in
+    place of the installed package.
+    """
+    global ttt_kernels
+    ttt_kernels = module
 
 
 def _ttt(mini_batch, q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens,
-         checkpoint_group_size, backend):  # fmt: skip
+         checkpoint_group_size, inplace, backend):  # fmt: skip
     _check_shapes(q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens)
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"`backend` must be 'auto', 'torch' or 'triton', got {backend!r}.")
-    mini_batch_size = token_scale.shape[0]
-    state = _with_pending_rows(state, mini_batch_size)
+    state = _with_pending_rows(state, token_scale.shape[0])
+    if q.shape[2] > 0 and _runs_on_kernels(backend, q, token_scale, state):
+        tokens_and_parameters = q, k, v, lr, token_scale, ln_weight, ln_bias
+        return _run_kernel(*tokens_and_parameters, state, attention_mask, cu_seqlens, inplace)
     scale = token_scale.to(state.W1.dtype)
     norm = ln_weight.to(scale), ln_bias.to(scale)
     if q.shape[2] == 0:
@@ -212,6 +233,36 @@ def _ttt(mini_batch, q, k, v, lr, token_scale, ln_weight, ln_bias, state, attent
     if q.shape[2] == 1 and attention_mask is None and cu_seqlens is None:
         return _decode(mini_batch, q, k, v, lr, scale, norm, state)
     return _prefill(mini_batch, q, k, v, lr, scale, norm, state, attention_mask, cu_seqlens, checkpoint_group_size)
+
+
+def _runs_on_kernels(backend, q, token_scale, state) -> bool:
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"`backend` must be 'auto', 'torch' or 'triton', got {backend!r}.")
+    if backend == "torch" or (backend == "auto" and not q.is_cuda):
+        return False
+    if ttt_kernels is None:
+        reason = "the package `ttt_kernels` or Triton is not installed"
+    else:
+        reason = ttt_kernels.unsupported(q, token_scale, state.W1)
+    if reason is not None and backend == "triton":
+        raise RuntimeError(f"`backend='triton'` cannot run: {reason}.")
+    if reason is not None:
+        logger.warning_once(f"TTT runs in PyTorch, which is slower than its Triton kernels: {reason}.")
+    return reason is None
+
+
+def _run_kernel(q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens, inplace):
+    name = "ttt_mlp" if isinstance(state, TTTMLPState) else "ttt_linear"
+    names = [field.name for field in fields(state) if field.name != "position"] + ["position"]
+    arguments = q, k, v, lr, token_scale, ln_weight, ln_bias
+    if q.shape[2] > 1 or cu_seqlens is not None or torch.is_grad_enabled():
+        tensors = [getattr(state, field) for field in names]
+        o, tensors = getattr(ttt_kernels, name)(*arguments, *tensors, attention_mask, cu_seqlens)
+        return o, replace(state, **dict(zip(names, tensors)))
+    state = state.map(torch.Tensor.contiguous) if inplace else state.clone()
+    tensors = [getattr(state, field) for field in names]
+    o, position = getattr(ttt_kernels, f"{name}_decode")(*arguments, *tensors, attention_mask)
+    return o, replace(state, position=position)
 
 
 def _check_shapes(q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens):
@@ -470,4 +521,4 @@ def _gelu_grad(grad, x):
     return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
 
 
-__all__ = ["TTTLinearState", "TTTMLPState", "ttt_linear", "ttt_mlp"]
+__all__ = ["TTTLinearState", "TTTMLPState", "ttt_linear", "ttt_mlp", "use_kernels"]

@@ -7,6 +7,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors, and several work
 
 from pathlib import Path
 
+import torch
+
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels
+
 import pytest
 
 

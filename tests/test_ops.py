@@ -294,6 +294,45 @@ def test_no_token_changes_nothing(ttt_type):
 
 
 @TTT_TYPES
+def test_triton_backend(ttt_type):
+    """The kernels through the op: prefill, decode in place and not, and a state that is not changed."""
+    pytest.importorskip("ttt_kernels", reason="Triton has no release for this machine")
+    op, state_class = OPS[ttt_type]
+    tokens, parameters, initial = random_inputs(
+        ttt_type, 0, rows=2, heads=1, length=20, head_dim=16, mini_batch_size=16
+    )
+    state = state_class.initial(*initial, batch_size=2)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        o, expected = op(*tokens, *parameters, state, attention_mask=mask, backend="torch")
+        kernel_o, last = op(*tokens, *parameters, state, attention_mask=mask, backend="triton")
+        torch.testing.assert_close(kernel_o, o, rtol=1e-4, atol=1e-4)
+        assert_states_close(last, expected, 1e-4)
+        one = [x[:, :, :1] for x in tokens]
+        o, expected = op(*one, *parameters, last, backend="torch")
+        before = last.clone()
+        kernel_o, decoded = op(*one, *parameters, last, backend="triton")
+        torch.testing.assert_close(kernel_o, o, rtol=1e-4, atol=1e-4)
+        assert_states_close(decoded, expected, 1e-4)
+        assert_states_close(last, before, 0)
+        _, decoded = op(*one, *parameters, last, inplace=True, backend="triton")
+        assert_states_close(decoded, expected, 1e-4)
+        assert decoded.k is last.k
+    with pytest.raises(RuntimeError, match="mini-batch size"):
+        op(*tokens, parameters[0][:5], *parameters[1:], state, backend="triton")
+
+
+def test_kernels_that_are_not_there(monkeypatch):
+    from ttt_omni import ops_ttt_omni
+
+    tokens, parameters, initial = random_inputs("linear", 0, rows=1)
+    monkeypatch.setattr(ops_ttt_omni, "ttt_kernels", None)
+    with pytest.raises(RuntimeError, match="not installed"):
+        ttt_linear(*tokens, *parameters, TTTLinearState.initial(*initial, batch_size=1), backend="triton")
+
+
+@TTT_TYPES
 def test_compiles_without_graph_breaks(ttt_type):
     op, state_class = OPS[ttt_type]
     tokens, parameters, initial = random_inputs(ttt_type, 0, rows=2, length=11)
