@@ -1,6 +1,7 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 """`ttt-omni answer` and `ttt-omni chat`: spoken conversations on the command line."""
 
+import ctypes
 import os
 import queue
 import sys
@@ -116,6 +117,7 @@ class Conversation:
             _check_folder(memory)
         if device == "auto":
             device = torch.accelerator.current_accelerator() or "cpu"
+        _return_freed_memory()
         progress(f"Loading {model}")
         _check_model(model)
         self.processor = TTTOmniProcessor.from_pretrained(model)
@@ -315,6 +317,14 @@ def _show_progress(pieces: Iterator[dict], question) -> Iterator[dict]:
         for piece in pieces:
             yield piece
             bar.update("input_features" in piece)
+
+
+def _return_freed_memory() -> None:
+    """Makes glibc give tensors back as they are freed: the holes that a growing cache leaves took 60 MB in 3 hours."""
+    try:
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
+    except (AttributeError, OSError, TypeError):
+        pass  # another C library
 
 
 def _check_folder(path: str) -> None:
