@@ -5,8 +5,8 @@ PEFT's own tests of decoder models, run on TTT-Omni, outside of this repository.
     python tests/ecosystem/peft_suite.py [--source DIR] [pytest arguments]
 
 They are in the source release of PEFT, which is downloaded from PyPI in the version that is installed, or taken from
---source. A tiny model takes the place of theirs, and as PEFT has no default target modules for its type, those of
-Llama are set for it.
+--source. A tiny model is added to theirs, without speech, which these tests don't have. As PEFT has no default target
+modules for its type, those of Llama are set for it.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import peft
 
+from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM
 from ttt_omni.conversion import make_tiny
 
 
@@ -54,6 +55,18 @@ def download(folder: Path) -> Path:
     return next(path for path in folder.iterdir() if path.is_dir())
 
 
+def write_text_model(folder: Path) -> None:
+    """The tiny model without encoder, speech decoder and vocoder, its gate open so that TTT takes part."""
+    make_tiny(folder)
+    config = TTTOmniConfig.from_pretrained(folder)
+    config.audio_config = config.speech_decoder_config = config.vocoder_config = None
+    model = TTTOmniForCausalLM.from_pretrained(folder, config=config)
+    for layer in model.model.language_model.layers:
+        if hasattr(layer, "ttt_gate"):
+            layer.ttt_gate.weight.data.fill_(0.5)
+    model.save_pretrained(folder)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, help="an unpacked source release of PEFT")
@@ -63,7 +76,7 @@ def main() -> int:
         work = folder / "work"
         shutil.copytree((arguments.source or download(folder)) / "tests", work / "tests")
         model = folder / "tiny-ttt-omni"
-        make_tiny(model)
+        write_text_model(model)
         (work / "tests" / "__init__.py").touch()
         (work / "tests" / "conftest.py").write_text(CONFTEST)
         suite = work / "tests" / "test_decoder_models.py"
