@@ -12,6 +12,7 @@ go to benchmarks/results/kernels-<device>.json. flash-linear-attention is measur
 import argparse
 import json
 import platform
+import signal
 import statistics
 import sys
 import warnings
@@ -30,6 +31,7 @@ import ttt_kernels
 
 COMPILED_UP_TO = 1024  # torch.compile unrolls the mini-batches
 EAGER_UP_TO = 65536
+TIME_LIMIT = 60  # seconds for one candidate at one size
 
 
 def main() -> None:
@@ -250,6 +252,12 @@ def median_ms(run, budget_ms: float = 200.0) -> float:
 
 def guarded(make, *size):
     """The time of a candidate, or one line on why there is none."""
+
+    def stop(*_):
+        raise TimeoutError(f"no time within {TIME_LIMIT} s, compilation included")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(TIME_LIMIT)
     try:
         return median_ms(make(*size))
     except torch.OutOfMemoryError:
@@ -257,6 +265,7 @@ def guarded(make, *size):
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]
     finally:
+        signal.alarm(0)
         torch.cuda.empty_cache()
 
 
