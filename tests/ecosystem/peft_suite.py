@@ -37,7 +37,7 @@ import ttt_omni
 for name in ("diffusers", "datasets"):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
-sys.modules["diffusers"].StableDiffusionPipeline = object
+sys.modules["diffusers"].StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
 sys.modules["datasets"].load_dataset = lambda *args, **kwargs: pytest.skip("needs a data set of the Hub")
 
 for name, mapping in vars(peft.utils.constants).items():
