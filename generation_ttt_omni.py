@@ -80,13 +80,15 @@ class TTTOmniGenerationMixin(GenerationMixin):
         if hasattr(kwargs.get("streamer"), "put_state"):  # a `TTTOmniStreamer`, maybe of another copy of this code
             kwargs["streamer"].eos_token_ids = self._eos_token_ids(generation_config, kwargs)
             state_sinks.append(kwargs["streamer"].put_state)
+        if state_sinks or return_audio:
+            kwargs["state_sinks"] = state_sinks
         if not return_audio:
-            return super().generate(input_ids, generation_config, state_sinks=state_sinks, **kwargs)
+            return super().generate(input_ids, generation_config, **kwargs)
 
         speech_states = []
         state_sinks.append(speech_states.append)
         kwargs["return_dict_in_generate"] = True
-        outputs = super().generate(input_ids, generation_config, state_sinks=state_sinks, **kwargs)
+        outputs = super().generate(input_ids, generation_config, **kwargs)
         prompt_length = 0 if input_ids is None else input_ids.shape[1]
         new_tokens = outputs.sequences[:, prompt_length:]
         states = self._answer_states(outputs, speech_states)
