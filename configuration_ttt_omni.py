@@ -6,6 +6,8 @@ import math
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PreTrainedConfig, WhisperConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 TTT_LAYER_TYPES = ("hybrid", "hybrid_sliding", "linear_attention")
@@ -26,7 +28,14 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _require_dividing_heads(config: LlamaConfig) -> None:
+def _require_llama(config: LlamaConfig) -> None:
+    """Check what Llama's own configuration leaves to its model to fail on."""
+    _require(
+        config.hidden_act in ACT2FN, f"`hidden_act` must be an activation of Transformers, got {config.hidden_act!r}."
+    )
+    rope_type = config.rope_parameters.get("rope_type")
+    rope_types = ["default", *ROPE_INIT_FUNCTIONS]
+    _require(rope_type in rope_types, f"`rope_type` must be one of {rope_types}, got {rope_type!r}.")
     for field in ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers"):
         _require(getattr(config, field) >= 1, f"`{field}` must be at least 1, got {getattr(config, field)}.")
     _require(
@@ -133,7 +142,7 @@ class TTTOmniTextConfig(LlamaConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Raises `ValueError` naming the field that is wrong."""
-        _require_dividing_heads(self)
+        _require_llama(self)
         unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
         _require(not unknown, f"`layer_types` has unknown entries {unknown}; choose from {list(LAYER_TYPES)}.")
         _require(
@@ -222,7 +231,7 @@ class TTTOmniSpeechDecoderConfig(LlamaConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Raises `ValueError` naming the field that is wrong."""
-        _require_dividing_heads(self)
+        _require_llama(self)
         for field in ("input_size", "upsample_factor", "unit_vocab_size"):
             _require(getattr(self, field) >= 1, f"`{field}` must be at least 1, got {getattr(self, field)}.")
         _require_window(self)

@@ -58,6 +58,13 @@ SPEAKING = (
     "speech_generator.",
     ("speech_generator_type", "ctc_decoder_config", "ctc_upsample_factor", "ctc_loss_weight", "unit_vocab_size"),
 )
+NUMBERS = {
+    "speech_encoder_ds_rate": int,
+    "speech_encoder_hidden_size": int,
+    "ctc_upsample_factor": int,
+    "ctc_loss_weight": (int, float),
+    "unit_vocab_size": int,
+}
 ROPE_FIELDS = ("rope_parameters", "rope_theta", "rope_scaling")
 # What the speech decoder takes over from the language model.
 SHARED_FIELDS = (
@@ -259,6 +266,9 @@ def _has_part(part: tuple, tensors: dict[str, LazyTensor], values: dict, source:
     if any(name.startswith(prefix) for name in tensors):
         if missing:
             raise ConversionError(f"{source}/config.json lacks {', '.join(missing)} for the tensors {prefix}*.")
+        no_numbers = [name for name in fields if name in NUMBERS and not isinstance(values[name], NUMBERS[name])]
+        if no_numbers:
+            raise ConversionError(f"{source}/config.json: {no_numbers[0]} is no number: {values[no_numbers[0]]!r}.")
         return True
     if len(missing) < len(fields):
         present = sorted(set(fields) - set(missing))

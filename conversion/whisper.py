@@ -8,9 +8,12 @@ from pathlib import Path
 
 import torch
 from transformers import WhisperConfig
+from transformers.utils import logging
 
 from .checkpoint import ConversionError, LazyTensor, open_checkpoint, read_json
 
+
+logger = logging.get_logger(__name__)
 
 _MODULES = {
     "positional_embedding": "embed_positions.weight",
@@ -77,6 +80,10 @@ def open_openai_encoder(tensors: dict[str, LazyTensor], source: Path) -> tuple[W
             f"{source}: the Whisper encoder inside is {n_state} wide, no multiple of 64, which does not tell its "
             "number of heads; give its own file with --whisper."
         )
+    logger.warning(
+        f"The Whisper encoder inside {source} does not tell its number of heads: {n_state // 64} of width 64 are "
+        "assumed, as in all of OpenAI's. If it differs, give its own file with --whisper."
+    )
     blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
     return _config(n_mels, n_ctx, n_state, n_state // 64, len(blocks)), rename_openai_encoder(tensors)
 

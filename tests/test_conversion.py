@@ -526,6 +526,12 @@ BAD_INPUT = {
                                         for i in (1, 2) for p in ("weight", "bias")}),
         "lacks the tensors model.speech_projector",
     ),
+    "no number": (lambda s, a: edit_json(s / "config.json", speech_encoder_ds_rate="5"), "speech_encoder_ds_rate"),
+    "unknown activation": (lambda s, a: edit_json(s / "config.json", hidden_act="bogus"), "`hidden_act` .*'bogus'"),
+    "unknown rope": (
+        lambda s, a: edit_json(s / "config.json", rope_scaling={"rope_type": "bogus", "factor": 2.0}),
+        "`rope_type`.*'bogus'",
+    ),
     "bad decoder sizes": (lambda s, a: edit_json(s / "config.json", ctc_decoder_config="2,64"), "ctc_decoder_config"),
     "other projector": (lambda s, a: edit_json(s / "config.json", speech_projector_type="mlp"), "projector 'mlp'"),
     "other architecture": (lambda s, a: edit_json(s / "config.json", model_type="mistral"), "'mistral'"),

@@ -12,8 +12,8 @@ downloads that release (of the version installed) and runs this file inside of i
 import unittest
 
 import torch
-from tests.test_configuration_common import ConfigTester
 from tests.generation.test_utils import GenerationTesterMixin
+from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 from transformers import WhisperConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
