@@ -370,7 +370,7 @@ def _grid(q, row, rank, position, end, mini_batch_size):
     num_slots = num_mini_batches * mini_batch_size
     slot = position[row] + rank  # [B * T]
 
-    if not torch.compiler.is_compiling() and rows == batch_size and _is_aligned(slot, num_slots):
+    if not torch.compiler.is_compiling() and rows == batch_size and _is_aligned(slot, length, num_slots):
         return (
             lambda x: x.transpose(1, 2).unflatten(1, (num_mini_batches, mini_batch_size)).unbind(1),
             lambda o: o.transpose(1, 2),
@@ -392,9 +392,9 @@ def _grid(q, row, rank, position, end, mini_batch_size):
     return to_grid, from_grid, num_mini_batches
 
 
-def _is_aligned(slot, num_slots):
-    """Whether every slot holds a token, in order."""
-    if slot.numel() % num_slots != 0:
+def _is_aligned(slot, length, num_slots):
+    """Whether every row's tokens fill its slots, in order."""
+    if length != num_slots:
         return False
     return bool((slot.view(-1, num_slots) == torch.arange(num_slots, device=slot.device)).all())
 

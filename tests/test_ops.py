@@ -15,7 +15,7 @@ from ttt_omni import TTTLinearState, TTTMLPState, ttt_linear, ttt_mlp
 OPS = {"linear": (ttt_linear, TTTLinearState), "mlp": (ttt_mlp, TTTMLPState)}
 GOLDENS = ["mb16_len16", "mb16_len75", "mb64_len200"]
 TTT_TYPES = pytest.mark.parametrize("ttt_type", ["linear", "mlp"])
-properties = settings(max_examples=40, deadline=None)
+properties = settings(max_examples=60, deadline=None)
 
 
 def random_inputs(ttt_type, seed, rows, heads=2, length=20, head_dim=8, mini_batch_size=4, dtype=torch.float32):
@@ -140,6 +140,21 @@ def test_padding_changes_nothing(ttt_type, seed, lengths, cuts, data):
         torch.testing.assert_close(o[row : row + 1][:, :, tokens_of_row], alone, rtol=1e-5, atol=1e-5)
         if tokens_of_row:
             assert_states_close(last.select(torch.tensor([row])), alone_last, 1e-5)
+
+
+@TTT_TYPES
+def test_rows_that_fill_a_mini_batch_together(ttt_type):
+    """One row stands where the other's tokens end, so that side by side they look like one whole mini-batch."""
+    op, state_class = OPS[ttt_type]
+    tokens, parameters, initial = random_inputs(ttt_type, 0, rows=2, length=4)
+    state = state_class.initial(*initial, batch_size=2)
+    mask = torch.tensor([[0, 0], [1, 1]])
+    o, last = run_in_chunks(op, [x[:, :, :2] for x in tokens], parameters, state, [2], attention_mask=mask)
+    o, last = op(*(x[:, :, 2:] for x in tokens), *parameters, last)
+    alone, _ = op(*(x[:1, :, 2:] for x in tokens), *parameters, state.select(torch.tensor([0])))
+    torch.testing.assert_close(o[:1], alone, rtol=1e-5, atol=1e-5)
+    alone, _ = op(*(x[1:] for x in tokens), *parameters, state.select(torch.tensor([1])))
+    torch.testing.assert_close(o[1:], alone[:, :, 2:], rtol=1e-5, atol=1e-5)
 
 
 @TTT_TYPES
