@@ -318,7 +318,8 @@ def _prefill(mini_batch, q, k, v, lr, scale, norm, state, attention_mask, cu_seq
 
     def scan(first, last, state):
         outputs = []
-        has_pending = _any(state.position != 0) if first == 0 else False
+        # before the first mini-batch, and where rows ended in one of an earlier group
+        has_pending = _any(state.position != 0 if first == 0 else end < first * mini_batch_size)
         for n in range(first, last):
             rows = (grid[n].transpose(1, 2).to(scale.dtype) for grid in grids)  # [R, H, m, d]
             complete = (n + 1) * mini_batch_size <= end  # [R]

@@ -260,6 +260,18 @@ def test_gradients_are_exact(ttt_type, group_size):
 
 
 @TTT_TYPES
+def test_checkpoint_groups_keep_the_state_of_short_rows(ttt_type):
+    op, state_class = OPS[ttt_type]
+    tokens, parameters, initial = random_inputs(ttt_type, 0, rows=2, length=18)
+    mask = torch.ones(2, 18, dtype=torch.long)
+    mask[0, 3:] = 0
+    state = state_class.initial(*(x.requires_grad_() for x in initial), batch_size=2)
+    _, expected = op(*tokens, *parameters, state, attention_mask=mask)
+    _, grouped = op(*tokens, *parameters, state, attention_mask=mask, checkpoint_group_size=2)
+    assert_states_close(grouped, expected, 1e-6)
+
+
+@TTT_TYPES
 def test_gradients_with_padding_and_packing(ttt_type):
     op, state_class = OPS[ttt_type]
     tokens, parameters, initial = random_inputs(
