@@ -288,7 +288,8 @@ class TTTOmniSpeechDecoder(TTTOmniDecoderStack):
             hidden_states: `[B, T, input_size]`.
             labels: `[B, T]`, -100 outside of the responses.
             unit_labels: `[B, U]`, for each row as in the original, or `[N, U]`, for each unbroken run of labels in
-                the rows' order, a row without any counting as one; padded with -100.
+                the rows' order, a row without any counting as one; padded with -100. A response without units has
+                no part in the loss.
 
         Returns:
             A float32 scalar, 0 where there is nothing to say.
@@ -302,15 +303,16 @@ class TTTOmniSpeechDecoder(TTTOmniDecoderStack):
             responses = [response for row in zip(hidden_states, labels) for response in _responses(*row)]
         if len(responses) != len(unit_labels):
             raise ValueError(f"`unit_labels` has {len(unit_labels)} rows for {len(responses)} responses in `labels`.")
-        lengths = torch.tensor([len(response) for response in responses], device=hidden_states.device)
-        unit_mask = unit_labels != -100
-        num_units = unit_mask.sum(1).to(lengths.device)
-        num_units = torch.where(lengths > 0, num_units, 0)
-        if int(num_units.sum()) == 0:
-            return 0.0 * hidden_states.float().sum()
-        num_frames = torch.maximum(lengths * self.config.upsample_factor, num_units)
+        num_units = (unit_labels != -100).sum(1)
+        spoken = [i for i, states in enumerate(responses) if len(states) > 0 and num_units[i] > 0]
+        if not spoken:
+            return 0.0 * self(hidden_states[:1, :1]).sum()  # through all layers, which may be sharded over processes
+        responses, unit_labels, num_units = [responses[i] for i in spoken], unit_labels[spoken], num_units[spoken]
+        lengths = torch.tensor([len(states) for states in responses])
+        num_frames = torch.maximum(lengths * self.config.upsample_factor, num_units.cpu()).to(hidden_states.device)
+        lengths, num_units = lengths.to(hidden_states.device), num_units.to(hidden_states.device)
         logits = self(nn.utils.rnn.pad_sequence(responses, batch_first=True), lengths, num_frames)
-        targets = unit_labels[unit_mask & (num_units > 0)[:, None].to(unit_mask.device)].to(logits.device)
+        targets = unit_labels[unit_labels != -100].to(logits.device)
         loss = nn.functional.ctc_loss(
             logits.log_softmax(-1).transpose(0, 1),
             targets,

@@ -213,6 +213,15 @@ def test_ctc_loss_of_nothing(golden_model):
     assert golden_model(input_ids, labels=input_ids, unit_labels=more_units_than_frames).ctc_loss.isfinite()
 
 
+def test_answers_without_units_have_no_part_in_the_ctc_loss(golden_model):
+    hidden_states, labels = torch.randn(2, 12, 64), torch.randint(0, 100, (2, 12))
+    labels[:, 5] = -100  # two responses in each row
+    units = torch.full((4, 3), -100)
+    units[2, :2] = torch.tensor([7, 9])
+    alone = golden_model.speech_decoder.ctc_loss(hidden_states[1:, :5], labels[1:, :5], units[2:3])
+    assert_close(golden_model.speech_decoder.ctc_loss(hidden_states, labels, units), alone, 1e-5)
+
+
 # The contract of the state
 
 
