@@ -21,10 +21,10 @@ import torch
 import yaml
 from peft import PeftModel, get_peft_model
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from ttt_omni import TTTOmniForCausalLM, TTTOmniProcessor, ttt_lora_config
 from ttt_omni.training import ConversationCollator, ConversationDataset, write_adapter_card
+from ttt_omni.training.truncation import find_pieces, take_pieces
 
 
 LOSSES = ("both", "lm", "ctc")
@@ -43,6 +43,10 @@ class StageArguments:
         loss: "lm", "ctc", or "both".
         loss_chunk_size: positions whose logits are held at a time.
         packing: put the items of a batch into one row rather than padding them.
+        backpropagate_length: gradients go back through so many tokens at most, for lengths whose activations do not
+            fit: forward and backward pass run piece by piece, each on what those before left in TTT's state and in
+            attention's cache. A piece is cut before an answer rather than in it, so that it may be somewhat shorter,
+            and all losses are those of the whole. Without gradient checkpointing, which has no use for a cache.
         drop_audio_padding: give no embeddings to the padding of speech to 30 s, other than the original.
     """
 
@@ -55,11 +59,18 @@ class StageArguments:
     loss: str = "both"
     loss_chunk_size: int = 1024
     packing: bool = True
+    backpropagate_length: int | None = None
     drop_audio_padding: bool = False
 
     def __post_init__(self):
         if self.loss not in LOSSES:
             raise ValueError(f"`loss` must be one of {', '.join(LOSSES)}, got {self.loss!r}.")
+        if self.backpropagate_length is not None and self.backpropagate_length < 1:
+            raise ValueError(f"`backpropagate_length` must be at least 1, got {self.backpropagate_length}.")
+        if self.backpropagate_length is not None and not self.packing:
+            raise ValueError(
+                "`backpropagate_length` takes sequences one after the other, which needs `packing: true`."
+            )
 
 
 class StageTrainer(Trainer):
@@ -84,13 +95,40 @@ class StageTrainer(Trainer):
                 optimizer.add_param_group({**group, "params": taken, "lr": self.stage.memory_learning_rate})
         return optimizer
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.stage.backpropagate_length is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        config = self.accelerator.unwrap_model(model).config
+        pieces = find_pieces(inputs, self.stage.backpropagate_length, config)
+        loss = sum(
+            super(StageTrainer, self).training_step(model, piece, num_items_in_batch)
+            for piece in take_pieces(inputs, pieces, config)
+        )
+        # Processes exchange weights and gradients in each pass, so that all need as many as the one with the most.
+        num_pieces = self.accelerator.gather(torch.tensor([len(pieces)], device=self.args.device)).max()
+        for _ in range(int(num_pieces) - len(pieces)):
+            nothing = {
+                "input_ids": inputs["input_ids"][:, :1],
+                "labels": torch.full_like(inputs["labels"][:, :1], -100),
+            }
+            super().training_step(model, nothing, num_items_in_batch)
+        return loss
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs["loss_chunk_size"] = self.stage.loss_chunk_size
+        inputs = {**inputs, "loss_chunk_size": self.stage.loss_chunk_size, "num_items_in_batch": num_items_in_batch}
+        ctc_share = inputs.pop("ctc_share", 1.0)
         if self.stage.loss == "lm":
             inputs.pop("unit_labels", None)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self.stage.loss == "ctc":
-            loss = outputs.ctc_loss
+        else:  # where no answer was spoken too, as another process may run the speech decoder
+            inputs.setdefault("unit_labels", inputs["labels"].new_empty(len(inputs["labels"]), 0))
+        outputs = model(**inputs)
+        loss = outputs.lm_loss
+        if self.stage.loss != "lm":
+            ctc_loss = ctc_share * outputs.ctc_loss
+            config = self.accelerator.unwrap_model(model).config.speech_decoder_config
+            loss = ctc_loss if self.stage.loss == "ctc" else loss + config.ctc_loss_weight * ctc_loss
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # those items are of all processes, whose mean is taken
         return (loss, outputs) if return_outputs else loss
 
 
@@ -105,8 +143,16 @@ def read_arguments(path: str, *overrides: str) -> tuple[StageArguments, Training
     return HfArgumentParser((StageArguments, TrainingArguments)).parse_dict(values | {"remove_unused_columns": False})
 
 
+def last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint in `folder` that is complete: an interruption may have come while one was written."""
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(map(str, complete), key=lambda path: int(path.rpartition("-")[2]), default=None)
+
+
 def train(stage: StageArguments, arguments: TrainingArguments) -> Trainer:
     """Runs the stage, from its last checkpoint if there is one, and saves the adapter."""
+    if stage.backpropagate_length is not None and arguments.gradient_checkpointing:
+        raise ValueError("`backpropagate_length` needs `gradient_checkpointing: false`: its pieces pass on a cache.")
     set_seed(arguments.seed)
     processor = TTTOmniProcessor.from_pretrained(stage.model)
     base = TTTOmniForCausalLM.from_pretrained(stage.model, dtype="auto")
@@ -124,6 +170,9 @@ def train(stage: StageArguments, arguments: TrainingArguments) -> Trainer:
         model = get_peft_model(base, ttt_lora_config(base, stage.rank))
     else:
         model = PeftModel.from_pretrained(base, stage.previous, is_trainable=True)
+    if arguments.bf16:  # of which the passes are, by autocast; weights in it would lose small steps
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     trainer = StageTrainer(
         model,
         arguments,
@@ -132,7 +181,7 @@ def train(stage: StageArguments, arguments: TrainingArguments) -> Trainer:
         stage=stage,
     )
     folder = Path(arguments.output_dir)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     trainer.save_model()
     if trainer.is_world_process_zero():
         write_adapter_card(

@@ -1,21 +1,28 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ttt_omni
+from ttt_omni import TTTOmniProcessor, ttt_lora_config
+from ttt_omni.training import ConversationCollator, ConversationDataset, truncation
 
 
 EXAMPLES = Path(ttt_omni.__file__).parent / "examples"
@@ -136,9 +143,146 @@ def test_loss_of_speech(finetune, stage, spoken_corpus, tmp_path, loss):
     assert gate.any()
 
 
+# Truncated backpropagation
+
+
+AUDIO, TEXT, ANSWER = range(3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 40), st.data())
+def test_pieces(length, data):
+    config = SimpleNamespace(audio_token_id=AUDIO, audio_downsample=5)
+    kinds, position_ids, windows = [], [], []
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = len(kinds)
+        for _ in range(data.draw(st.integers(1, 3))):
+            speech = data.draw(st.lists(st.integers(1, 12), max_size=3))
+            windows += speech
+            question, answer = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 30))
+            kinds += [TEXT] + [AUDIO] * sum(speech) + [TEXT] * question + [ANSWER] * answer
+        position_ids += range(len(kinds) - start)
+    kinds = torch.tensor(kinds)
+    batch = {
+        "input_ids": kinds[None],
+        "labels": torch.where(kinds == ANSWER, kinds, -100)[None],
+        "position_ids": torch.tensor(position_ids)[None],
+    }
+    if windows:
+        batch["input_features"] = torch.zeros(len(windows), 1, 200)
+        batch["input_features_mask"] = torch.arange(200) < 10 * torch.tensor(windows)[:, None]
+    window = torch.full_like(kinds, -1)
+    window[kinds == AUDIO] = torch.repeat_interleave(torch.arange(len(windows)), torch.tensor(windows, dtype=int))
+    pieces = truncation.find_pieces(batch, length, config)
+    assert [piece.stop for piece in pieces] == [*(piece.start for piece in pieces[1:]), len(kinds)]
+
+    def may_cut(t):
+        return position_ids[t] == 0 or (kinds[t] != ANSWER and (window[t] < 0 or window[t] != window[t - 1]))
+
+    for piece in pieces:
+        assert may_cut(piece.start)
+        inner = [t for t in range(piece.start + 1, piece.stop) if may_cut(t)]
+        assert piece.stop - piece.start <= length or not inner
+        assert all(position_ids[t] > 0 for t in inner)
+        if piece.stop < len(kinds) and position_ids[piece.stop] > 0:  # the next one would not have fitted
+            following = [t for t in range(piece.stop + 1, len(kinds)) if may_cut(t)]
+            assert min(following, default=len(kinds)) - piece.start > length
+
+
+@pytest.fixture(scope="module")
+def trainer_and_batch(finetune, stage, tiny_model_dir, tmp_path_factory):
+    """A trainer of a model whose memory takes part, and two conversations in a row, spoken and not."""
+    overrides = ["loss=both", "gradient_checkpointing=false", f"output_dir={tmp_path_factory.mktemp('truncated')}"]
+    stage_arguments, arguments = finetune.read_arguments(str(stage), *overrides)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir).double()
+    for layer in base.model.language_model.layers[2:]:
+        layer.ttt_gate.weight.data.fill_(0.5)
+    lines = Path(stage_arguments.manifest).read_text().splitlines()
+    manifest = Path(stage_arguments.manifest).with_name("two.jsonl")
+    manifest.write_text("\n".join([*lines[:4], *lines[-2:], *lines[4:8]]))
+    processor = TTTOmniProcessor.from_pretrained(tiny_model_dir)
+    dataset = ConversationDataset(manifest, processor, base.config, 400, {"drop_audio_padding": True})
+    batch = ConversationCollator(3, packing=True)([dataset[0], dataset[1]])
+    assert len(dataset) == 2 and len(batch["unit_labels"]) == 11 and len(batch["input_features"]) == 3
+    model = get_peft_model(base, ttt_lora_config(base, rank=2))
+    base.model.language_model.norm.weight.requires_grad_()
+    trainer = finetune.StageTrainer(model, arguments, stage=stage_arguments)
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer, batch
+
+
+def step(trainer, batch, length):
+    """Loss and gradients of one training step."""
+    trainer.stage.backpropagate_length = length
+    trainer.model.zero_grad()
+    loss = trainer.training_step(trainer.model, dict(batch), (batch["labels"][:, 1:] != -100).sum())
+    return loss, {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def test_loss_of_pieces_is_that_of_the_whole(trainer_and_batch, monkeypatch):
+    trainer, batch = trainer_and_batch
+    loss, gradients = step(trainer, batch, None)
+
+    def error(others, name):
+        return (others[name] - gradients[name]).norm() / gradients[name].norm().clamp(min=1e-6)
+
+    whole_loss, whole = step(trainer, batch, 400)  # sequence by sequence
+    torch.testing.assert_close(whole_loss, loss, rtol=1e-6, atol=0)
+    assert whole.keys() == gradients.keys() and max(error(whole, name) for name in gradients) < 1e-5
+
+    truncated_loss, truncated = step(trainer, batch, 60)
+    torch.testing.assert_close(truncated_loss, loss, rtol=1e-6, atol=0)
+    late = [name for name in gradients if ".norm." in name or "layers.3.mlp" in name]  # no later piece reads these
+    assert len(late) == 7 and max(error(truncated, name) for name in late) < 1e-5
+    early = [name for name in gradients if "ttt.k_proj" in name or "inner_model" in name or "self_attn.v" in name]
+    assert len(early) == 12 and max(error(truncated, name) for name in early) > 0.1
+
+    def forget(cache, detach=truncation._detach):
+        detach(cache)
+        for layer in cache.layers[2:]:
+            layer.ttt_state = None
+
+    monkeypatch.setattr(truncation, "_detach", forget)
+    assert (step(trainer, batch, 60)[0] - loss).abs() > 1e-3
+
+
+def test_activations_of_a_piece_are_freed(trainer_and_batch):
+    trainer, batch = trainer_and_batch
+    kept, passes = weakref.WeakSet(), []
+
+    class Kept:
+        def __init__(self, tensor):
+            self.tensor = tensor
+            kept.add(self)
+
+    def before_a_piece(module, args, kwargs):
+        gc.collect()
+        passes.append((kwargs["past_key_values"].get_seq_length(), len(kept)))
+
+    model = trainer.model.base_model.model.model.language_model
+    hook = model.register_forward_pre_hook(before_a_piece, with_kwargs=True)
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        step(trainer, batch, 60)
+    hook.remove()
+    lengths, num_kept = zip(*passes)
+    assert lengths.count(0) == 2 and max(lengths) > 200 and not any(num_kept), passes
+
+
+def test_stage_with_truncated_backpropagation(finetune, stage, unkilled, tmp_path):
+    overrides = [f"output_dir={tmp_path}", "gradient_checkpointing=false", "backpropagate_length=128", "max_steps=1"]
+    trainer = finetune.train(*finetune.read_arguments(str(stage), *overrides))
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(losses(unkilled)[0], rel=1e-4)
+
+
 def test_bad_arguments(finetune, stage, tmp_path):
     with pytest.raises(ValueError, match="`loss` must be one of both, lm, ctc, got 'asr'"):
         finetune.read_arguments(str(stage), "loss=asr", f"output_dir={tmp_path}")
+    with pytest.raises(ValueError, match="`backpropagate_length` must be at least 1, got 0"):
+        finetune.read_arguments(str(stage), "backpropagate_length=0", f"output_dir={tmp_path}")
+    with pytest.raises(ValueError, match="needs `packing: true`"):
+        finetune.read_arguments(str(stage), "backpropagate_length=8", "packing=false", f"output_dir={tmp_path}")
+    with pytest.raises(ValueError, match="needs `gradient_checkpointing: false`"):
+        finetune.train(*finetune.read_arguments(str(stage), "backpropagate_length=8", f"output_dir={tmp_path}"))
     with pytest.raises(ValueError, match="not of the form name=value"):
         finetune.read_arguments(str(stage), "--loss")
     with pytest.raises(ValueError, match="lenght"):
