@@ -189,7 +189,7 @@ def main() -> None:
     print("| type | scale | norm | base_lr | " + " | ".join(sources) + " |")
     print("|" + " --- |" * (4 + len(sources)))
     print(table_row(rows[0], sources), flush=True)
-    learning_rates = {"linear": (0.5, 1.0, 2.0, 4.0), "mlp": (0.1, 0.4, 1.6, 6.4)}
+    learning_rates = {"linear": (0.5, 1.0, 2.0, 4.0), "mlp": (0.1, 0.4, 1.0, 1.6)}
     for ttt_type, scale, norm in itertools.product(
         learning_rates, ("mean", "1/sqrt(m)"), ("rms", "rms, whitened", "l2")
     ):
