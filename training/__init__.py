@@ -1,8 +1,9 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
-"""Fine-tuning of TTT-Omni: data, calibration and adapters."""
+"""Fine-tuning of TTT-Omni: data, calibration, distillation and adapters."""
 
 from .calibration import calibrate, calibrate_folder
 from .data import ConversationCollator, ConversationDataset, ManifestError
+from .distillation import layer_matching_loss, logit_matching_loss, make_parent
 from .lora import TTT_MODULES_TO_SAVE, ttt_lora_config, write_adapter_card
 
 
@@ -13,6 +14,9 @@ __all__ = [
     "ManifestError",
     "calibrate",
     "calibrate_folder",
+    "layer_matching_loss",
+    "logit_matching_loss",
+    "make_parent",
     "ttt_lora_config",
     "write_adapter_card",
 ]
