@@ -259,13 +259,15 @@ def guarded(make, *size):
     signal.signal(signal.SIGALRM, stop)
     signal.alarm(TIME_LIMIT)
     try:
-        return median_ms(make(*size))
+        try:
+            return median_ms(make(*size))
+        finally:
+            signal.alarm(0)  # not while the error is handled
     except torch.OutOfMemoryError:
         return "out of memory"
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]
     finally:
-        signal.alarm(0)
         torch.cuda.empty_cache()
 
 

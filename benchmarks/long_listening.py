@@ -4,9 +4,9 @@ Hours of listening: a recording of three hours through the tiny model and `ttt-o
 
     python benchmarks/long_listening.py [--minutes 180]
 
-Peak memory of the process against that for one minute, placeholders in the prompt, and whether a process that was killed
-in the middle and resumed from its saved state gives the same answer as one that was not. Prints a table and writes
-benchmarks/results/long_listening.json.
+Peak memory of the process against that for one minute, placeholders in the prompt, and whether a process that was
+killed in the middle and resumed from its saved state gives the same answer as one that was not. Prints a table and
+writes benchmarks/results/long_listening.json.
 """
 
 import argparse
@@ -86,6 +86,9 @@ def measure(folder: Path, minutes: int) -> dict:
     heard_when_killed = placeholders(folder, "resumed.memory")
     finish(start(folder, "long.flac", "resumed.wav", "resumed.memory"))
 
+    def same(suffix):
+        return (folder / f"long.{suffix}").read_bytes() == (folder / f"resumed.{suffix}").read_bytes()
+
     hidden_size = TTTOmniConfig.from_pretrained(folder / "tiny").get_text_config().hidden_size
     embeddings = minutes * 60 // WINDOW_SECONDS * EMBEDDINGS
     return {
@@ -99,8 +102,8 @@ def measure(folder: Path, minutes: int) -> dict:
         "placeholders": placeholders(folder, "long.memory"),
         "placeholders expected": embeddings,
         "placeholders heard when killed": heard_when_killed,
-        "same text after resuming": (folder / "long.wav.txt").read_bytes() == (folder / "resumed.wav.txt").read_bytes(),
-        "same speech after resuming": (folder / "long.wav").read_bytes() == (folder / "resumed.wav").read_bytes(),
+        "same text after resuming": same("wav.txt"),
+        "same speech after resuming": same("wav"),
     }
 
 
