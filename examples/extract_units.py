@@ -1,0 +1,220 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+"""
+Gives the spoken answers of a manifest their `units`, with a HuBERT-style model and k-means.
+
+    python examples/extract_units.py spoken/corpus.jsonl spoken/units.jsonl \\
+        --model voidful/mhubert-base --kmeans km.npy
+
+An answer is spoken if its turn names a recording, as `examples/speak.py --answer-voice` writes it: {"from": "gpt",
+"value": "Four.", "speech": "7.wav"}. LLaMA-Omni's units are layer 11 of fairseq's multilingual HuBERT in the 1,000
+clusters of mhubert_base_vp_en_es_fr_it3_L11_km1000.bin; voidful/mhubert-base on the Hub has both. The latter is a
+pickle, which may run any code when it is opened, so that this program does not. If you trust it, take its centroids:
+
+    python -c "import joblib, numpy; numpy.save('km.npy', joblib.load('….bin').cluster_centers_)"
+
+Or `--fit 500` finds 500 clusters in the answers themselves, and keeps them in the new file km.npy.
+
+As in fairseq, a unit is the cluster of a frame of 20 ms, recordings are cut into pieces of 100 s, encoded one by one,
+and the frame that would span two pieces is lost. Runs of the same unit are merged, as the model and its vocoder take
+them. One recording is in memory at a time.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoFeatureExtractor, AutoModel
+
+from ttt_omni.processing_ttt_omni import read_audio
+from ttt_omni.training.data import ManifestError, _parse
+
+
+PIECE_SECONDS = 100
+FRAMES_PER_CLUSTER = 256  # to fit clusters to: more make them hardly better
+
+
+class Encoder:
+    """
+    The hidden states of a speech model of Transformers, at 50 Hz.
+
+    Args:
+        name: folder or repository of a model that takes waveforms, such as HuBERT, wav2vec 2.0 or WavLM.
+        layer: its layer, counted from 1; as `output_layer` in fairseq.
+
+    Raises:
+        ValueError, OSError: for a model that will not do.
+    """
+
+    def __init__(self, name: str, layer: int):
+        device = torch.accelerator.current_accelerator() or "cpu"
+        self.extractor = AutoFeatureExtractor.from_pretrained(name)
+        self.model = AutoModel.from_pretrained(name, dtype=torch.float32).eval().to(device)
+        self.layer = layer
+        if self.model.main_input_name != "input_values":
+            raise ValueError(f"{name} takes {self.model.main_input_name}: a model of waveforms is needed.")
+        if not 1 <= layer <= self.model.config.num_hidden_layers:
+            raise ValueError(f"{name} has the layers 1 to {self.model.config.num_hidden_layers}, not {layer}.")
+
+    @torch.no_grad()
+    def __call__(self, path: Path) -> torch.Tensor:
+        """The frames `[T, hidden]` of a recording. Raises ValueError or OSError for one that has none."""
+        rate = self.extractor.sampling_rate
+        audio = np.concatenate(list(read_audio(path, rate)))
+        values = self.extractor(audio, sampling_rate=rate, return_tensors="pt").input_values  # [1, samples]
+        frames = []
+        for piece in values.split(PIECE_SECONDS * rate, dim=1):
+            if self.model._get_feat_extract_output_lengths(torch.tensor(piece.shape[1])) > 0:
+                outputs = self.model(piece.to(self.model.device), output_hidden_states=True)
+                frames.append(outputs.hidden_states[self.layer][0])
+        if not frames:
+            raise ValueError(f"{path} has {len(audio)} samples, too few for a unit.")
+        return torch.cat(frames)
+
+
+def sample_frames(recordings: Iterable[np.ndarray], size: int) -> np.ndarray:
+    """At most `size` `[size, hidden]` of the frames `[T, hidden]` of all recordings, each as likely as another."""
+    generator = np.random.default_rng(0)
+    sample, seen = np.empty((size, 0), np.float32), 0
+    for frames in recordings:
+        if seen == 0:
+            sample = np.empty((size, frames.shape[1]), np.float32)
+        # Reservoir sampling: the i-th frame takes one of i places, of which the first are the sample.
+        index = np.arange(seen, seen + len(frames))
+        places = np.where(index < size, index, generator.integers(index + 1))
+        kept = places < size
+        sample[places[kept]] = frames[kept]
+        seen += len(frames)
+    return sample[:seen]
+
+
+def fit_centroids(frames: np.ndarray, clusters: int) -> np.ndarray:
+    """Centroids `[clusters, hidden]` of `frames` `[T, hidden]`, by scikit-learn with the settings of fairseq."""
+    try:
+        from sklearn.cluster import MiniBatchKMeans
+    except ImportError as error:
+        raise ValueError(f"--fit needs scikit-learn ({error}): pip install scikit-learn") from None
+    if not 1 <= clusters <= len(frames):
+        raise ValueError(f"{clusters} clusters cannot be made of the {len(frames)} frames that the answers have.")
+    kmeans = MiniBatchKMeans(
+        clusters, batch_size=10000, max_no_improvement=100, n_init=20, reassignment_ratio=0, random_state=0
+    )
+    return kmeans.fit(frames).cluster_centers_
+
+
+def load_centroids(path: Path, encoder: Encoder) -> torch.Tensor:
+    """The centroids `[clusters, hidden]` in an .npy file. Raises ValueError or OSError for others."""
+    try:
+        centroids = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError):
+        raise ValueError(f"{path} is no .npy file of centroids; --help says how to make one of a pickle.") from None
+    hidden_size = encoder.model.config.hidden_size
+    if getattr(centroids, "shape", ())[1:] != (hidden_size,):
+        raise ValueError(f"{path} does not hold centroids of the shape [clusters, {hidden_size}].")
+    return torch.from_numpy(centroids).float().to(encoder.model.device)
+
+
+def units(frames: torch.Tensor, centroids: torch.Tensor) -> list[int]:
+    """The nearest of `centroids` `[clusters, hidden]` to each of `frames` `[T, hidden]`, runs of the same merged."""
+    return torch.cdist(frames, centroids).argmin(1).unique_consecutive().tolist()
+
+
+def conversations(manifest: Path) -> Iterator[tuple[int, dict]]:
+    """The lines of a manifest that are not empty, each with its number. Raises [`ManifestError`] for a wrong one."""
+    with open(manifest, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    _parse(line, manifest.parent)
+                    conversation = json.loads(line)
+                    for turn in spoken_answers(conversation):
+                        if not isinstance(turn["speech"], str) or not (manifest.parent / turn["speech"]).is_file():
+                            raise ManifestError(f"the recording {turn['speech']} of an answer does not exist.")
+                except ManifestError as error:
+                    raise ManifestError(f"{manifest}, line {number}: {error}") from None
+                yield number, conversation
+
+
+def spoken_answers(conversation: dict) -> list[dict]:
+    """The turns of 'gpt' that name a recording."""
+    return [turn for turn in conversation["conversations"] if turn["from"] == "gpt" and turn.get("speech")]
+
+
+def encode(manifest: Path, encoder: Encoder, progress: tqdm) -> Iterator[tuple[dict, list[torch.Tensor]]]:
+    """Each conversation of a manifest, with the frames `[T, hidden]` of each of its spoken answers."""
+    with progress:
+        for number, conversation in conversations(manifest):
+            answers = []
+            for turn in spoken_answers(conversation):
+                try:
+                    answers.append(encoder(manifest.parent / turn["speech"]))
+                except (ValueError, OSError) as error:
+                    raise ManifestError(f"{manifest}, line {number}: {error}") from None
+                progress.update()
+            yield conversation, answers
+
+
+def extract(manifest: Path, output: Path, model: str, layer: int, kmeans: Path, fit: int | None) -> None:
+    """
+    Writes `manifest` with the units of its spoken answers as `output`.
+
+    Args:
+        output: in the same folder, to which the manifest's paths are relative.
+        model, layer: as in [`Encoder`].
+        kmeans: .npy file of centroids `[clusters, hidden]`.
+        fit: make it anew, with so many clusters of the answers' frames; at most 256 frames for each are in memory.
+
+    Raises:
+        [`ManifestError`]: naming the line that is wrong.
+        ValueError, OSError: for a model, files and clusters that will not do.
+    """
+    if output.absolute().parent != manifest.absolute().parent:
+        raise ValueError(f"{output} must be in the folder of {manifest}, to which the paths in it are relative.")
+    if fit is not None and kmeans.exists():
+        raise ValueError(f"{kmeans} exists: name a new file, or leave out --fit to use it.")
+    total = sum(len(spoken_answers(conversation)) for _, conversation in conversations(manifest))
+    if total == 0:
+        raise ManifestError(f"{manifest} has no spoken answers: `speech` is missing in the turns of 'gpt'.")
+    encoder = Encoder(model, layer)
+
+    if fit is not None:
+        recordings = encode(manifest, encoder, tqdm(desc="Fitting clusters", total=total, unit=" answers"))
+        frames = (frames.numpy(force=True) for _, answers in recordings for frames in answers)
+        centroids = fit_centroids(sample_frames(frames, FRAMES_PER_CLUSTER * fit), fit)
+        with TemporaryDirectory(dir=kmeans.absolute().parent, prefix=".") as temporary:
+            np.save(Path(temporary, "kmeans.npy"), centroids)
+            os.replace(Path(temporary, "kmeans.npy"), kmeans)
+    centroids = load_centroids(kmeans, encoder)
+    with TemporaryDirectory(dir=output.absolute().parent, prefix=".") as temporary:
+        made = Path(temporary, output.name)
+        with open(made, "w", encoding="utf-8") as file:
+            recordings = encode(manifest, encoder, tqdm(desc="Units", total=total, unit=" answers"))
+            for conversation, answers in recordings:
+                for turn, frames in zip(spoken_answers(conversation), answers):
+                    turn["units"] = units(frames, centroids)
+                file.write(json.dumps(conversation) + "\n")
+        os.replace(made, output)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("manifest", type=Path, help="JSONL file of conversations with spoken answers")
+    parser.add_argument("output", type=Path, help="the same with units, in the same folder")
+    parser.add_argument("--model", required=True, help="folder, or repository on the Hub, of the speech model")
+    parser.add_argument("--layer", type=int, default=11, help="of its hidden states (default: 11)")
+    parser.add_argument("--kmeans", type=Path, required=True, help=".npy file of centroids")
+    parser.add_argument("--fit", type=int, metavar="CLUSTERS", help="make that file of so many clusters")
+    try:
+        extract(**vars(parser.parse_args()))
+    except (ValueError, OSError) as error:
+        sys.exit(f"extract_units.py: error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+"""
+Turns conversations in text into spoken ones to train on, with a text-to-speech program of your choice.
+
+    python examples/speak.py examples/conversations.jsonl spoken --answer-voice en-us
+    python examples/speak.py texts.jsonl spoken --voices amy.onnx joe.onnx \\
+        --command "piper --model {voice} --output_file {output}"
+
+A line of texts.jsonl is a conversation like those of a manifest, whose questions are text:
+
+    {"id": "7", "conversations": [{"from": "human", "value": "What time is it?"}, {"from": "gpt", "value": "Four."}]}
+
+The folder gets the manifest `corpus.jsonl` and its recordings, 16 kHz mono; the same command keeps those that are
+there. Answers are spoken with `--answer-voice` only, for `examples/extract_units.py` to make units of them.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import soundfile
+from tqdm import tqdm
+
+from ttt_omni.processing_ttt_omni import read_audio
+from ttt_omni.training.data import SPEECH_TOKEN, ManifestError, _parse
+
+
+QUESTION = f"{SPEECH_TOKEN}\nPlease directly answer the questions in the user's speech."  # as in LLaMA-Omni's data
+SAMPLING_RATE = 16000
+COMMAND = "espeak-ng -v {voice} -w {output} --stdin"
+VOICES = ("en-us", "en-us+f3")
+
+
+def conversations(texts: Path) -> Iterator[tuple[int, dict]]:
+    """The lines of `texts` that are not empty, each with its number. Raises [`ManifestError`] for a wrong one."""
+    with open(texts, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    if _parse(line, texts.parent).speech:
+                        raise ManifestError(f"it has {SPEECH_TOKEN} already, where a question in text is needed.")
+                except ManifestError as error:
+                    raise ManifestError(f"{texts}, line {number}: {error}") from None
+                yield number, json.loads(line)
+
+
+def record(text: str, voice: str, command: list[str], folder: Path) -> str:
+    """
+    The name of the recording of `text` in `folder`, which the program makes unless it is there.
+
+    Raises:
+        ValueError, OSError: saying why there is none.
+    """
+    text = " ".join(text.split())  # some programs take each line for a text of its own
+    if not text:
+        raise ValueError("there is a turn without text, which cannot be spoken.")
+    key = json.dumps([command, voice, text])
+    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.wav"
+    if path.exists():
+        return path.name
+    with TemporaryDirectory(dir=folder, prefix=".") as temporary:
+        made, resampled = Path(temporary, "made.wav"), Path(temporary, path.name)
+        values = {
+            "voice": voice,
+            "output": str(made),
+            "text": f" {text}" if text.startswith("-") else text,  # no option of the program
+        }
+        words = [re.sub(r"\{(voice|output|text)\}", lambda match: values[match[1]], word) for word in command]
+        result = subprocess.run(words, input=f"{text}\n".encode(), capture_output=True)
+        if result.returncode != 0 or not made.exists():
+            ending = f"exited with {result.returncode}" if result.returncode else "wrote no {output}"
+            said = (result.stderr or result.stdout).decode(errors="replace")
+            raise ValueError(f"{command[0]} {ending} for {textwrap.shorten(text, 60)!r}: {said or 'it said nothing.'}")
+        with soundfile.SoundFile(resampled, "w", SAMPLING_RATE, channels=1, subtype="PCM_16") as file:
+            for block in read_audio(made, SAMPLING_RATE):
+                file.write(block)
+        os.replace(resampled, path)
+    return path.name
+
+
+def speak(texts: Path, folder: Path, command: str, voices: list[str], answer_voice: str | None) -> None:
+    """
+    Makes `corpus.jsonl` and its recordings in `folder`.
+
+    Args:
+        texts: JSONL file of conversations in text.
+        command: of the program, whose `{voice}` and `{output}` are filled in, and `{text}` too; without `{text}`, the
+            text comes on its standard input. No shell reads it.
+        voices: the conversations' questions have them in turn.
+        answer_voice: `None` leaves the answers unspoken.
+
+    Raises:
+        [`ManifestError`]: naming the line that is wrong, or cannot be spoken.
+        ValueError, OSError: for a command that will not do, and for files that cannot be read or written.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"The command {command!r} cannot be split into words: {error}.") from None
+    if "{output}" not in command:
+        raise ValueError(f"The command {command!r} has no {{output}}, the file for the program to write.")
+    if shutil.which(words[0]) is None:
+        raise FileNotFoundError(f"{words[0]} is not installed; install it, or name another program with --command.")
+    total = sum(1 for _ in conversations(texts))
+    if total == 0:
+        raise ManifestError(f"{texts} has no conversations.")
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=".") as temporary:
+        manifest = Path(temporary, "corpus.jsonl")
+        with open(manifest, "w", encoding="utf-8") as file:
+            spoken = tqdm(conversations(texts), desc="Speaking", total=total, unit=" conversations")
+            for index, (number, conversation) in enumerate(spoken):
+                recordings = []
+                try:
+                    for turn in conversation["conversations"]:
+                        if turn["from"] == "human":
+                            voice = voices[index % len(voices)]
+                            recordings.append(record(turn["value"], voice, words, folder))
+                            turn["value"] = QUESTION
+                        elif answer_voice is not None:
+                            turn["speech"] = record(turn["value"], answer_voice, words, folder)
+                except (ValueError, OSError) as error:
+                    raise ManifestError(f"{texts}, line {number}: {error}") from None
+                conversation["speech"] = recordings if len(recordings) > 1 else recordings[0]
+                file.write(json.dumps(conversation) + "\n")
+        os.replace(manifest, folder / manifest.name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", type=Path, help="JSONL file of conversations in text")
+    parser.add_argument("folder", type=Path, help="for the manifest and the recordings")
+    parser.add_argument("--command", default=COMMAND, help=f"default: {COMMAND}")
+    parser.add_argument("--voices", nargs="+", default=VOICES, help=f"of questions (default: {' '.join(VOICES)})")
+    parser.add_argument("--answer-voice", help="speak the answers too, in this voice")
+    try:
+        speak(**vars(parser.parse_args()))
+    except (ValueError, OSError) as error:
+        sys.exit(f"speak.py: error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    main()
