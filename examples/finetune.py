@@ -9,7 +9,8 @@ Teaches a graft to use its memory: one stage of fine-tuning with PEFT, on conver
 
 A YAML file holds the fields of `StageArguments` and of Transformers' `TrainingArguments`; `name=value` after it wins.
 `accelerate launch examples/finetune.py …` runs it on several devices. The same command again goes on from the last
-checkpoint after an interruption. The adapter and its card end up in `output_dir`.
+checkpoint after an interruption. The adapter and its card end up in `output_dir`, and on the Hub with
+`push_to_hub=true hub_model_id=REPOSITORY`.
 """
 
 import sys
@@ -23,7 +24,7 @@ from peft import PeftModel, get_peft_model
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from ttt_omni import TTTOmniForCausalLM, TTTOmniProcessor, ttt_lora_config
-from ttt_omni.training import ConversationCollator, ConversationDataset, write_adapter_card
+from ttt_omni.training import ConversationCollator, ConversationDataset, ManifestError, write_adapter_card
 from ttt_omni.training.truncation import find_pieces, take_pieces
 
 
@@ -95,6 +96,13 @@ class StageTrainer(Trainer):
                 optimizer.add_param_group({**group, "params": taken, "lr": self.stage.memory_learning_rate})
         return optimizer
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Ours, also where Transformers would write one of its own before a push."""
+        if self.is_world_process_zero():
+            stage = {"tokens": self.stage.length, "loss": self.stage.loss}
+            stage["previous stage"] = self.stage.previous or "none"
+            write_adapter_card(self.args.output_dir, base_model=self.stage.model, stage=stage)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self.stage.backpropagate_length is None:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -140,7 +148,13 @@ def read_arguments(path: str, *overrides: str) -> tuple[StageArguments, Training
         if not equals:
             raise ValueError(f"{override!r} is not of the form name=value.")
         values[name] = yaml.safe_load(value)
-    return HfArgumentParser((StageArguments, TrainingArguments)).parse_dict(values | {"remove_unused_columns": False})
+    values["remove_unused_columns"] = False
+    stage, arguments = HfArgumentParser((StageArguments, TrainingArguments)).parse_dict(values)
+    if stage.backpropagate_length is not None and arguments.gradient_checkpointing:
+        raise ValueError("`backpropagate_length` needs `gradient_checkpointing: false`: its pieces pass on a cache.")
+    if arguments.push_to_hub and Path(stage.model).is_dir():
+        raise ValueError(f"An adapter on the Hub needs a base there: push {stage.model}, and name its repository.")
+    return stage, arguments
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -151,8 +165,6 @@ def last_checkpoint(folder: Path) -> str | None:
 
 def train(stage: StageArguments, arguments: TrainingArguments) -> Trainer:
     """Runs the stage, from its last checkpoint if there is one, and saves the adapter."""
-    if stage.backpropagate_length is not None and arguments.gradient_checkpointing:
-        raise ValueError("`backpropagate_length` needs `gradient_checkpointing: false`: its pieces pass on a cache.")
     set_seed(arguments.seed)
     processor = TTTOmniProcessor.from_pretrained(stage.model)
     base = TTTOmniForCausalLM.from_pretrained(stage.model, dtype="auto")
@@ -183,12 +195,7 @@ def train(stage: StageArguments, arguments: TrainingArguments) -> Trainer:
     folder = Path(arguments.output_dir)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     trainer.save_model()
-    if trainer.is_world_process_zero():
-        write_adapter_card(
-            folder,
-            base_model=stage.model,
-            stage={"tokens": stage.length, "loss": stage.loss, "previous stage": stage.previous or "none"},
-        )
+    trainer.create_model_card()
     return trainer
 
 
@@ -199,4 +206,7 @@ if __name__ == "__main__":
         stage_arguments = read_arguments(*sys.argv[1:])
     except (ValueError, OSError) as error:
         sys.exit(f"finetune.py: {error}")
-    train(*stage_arguments)
+    try:
+        train(*stage_arguments)
+    except ManifestError as error:
+        sys.exit(f"finetune.py: {error}")

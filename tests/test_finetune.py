@@ -2,6 +2,7 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +11,11 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard, RepoUrl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
@@ -112,6 +114,32 @@ def test_killed_and_resumed_run_ends_the_same(unkilled, stage, tmp_path):
     resumed, straight = (load_file(path / "adapter_model.safetensors") for path in (folder, unkilled))
     for name, tensor in straight.items():
         torch.testing.assert_close(resumed[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_adapter_on_the_hub(finetune, stage, tiny_model_dir, tmp_path, monkeypatch):
+    """A folder stands for the Hub, from whose cache the base comes."""
+    cache, hub = tmp_path / "cache" / "models--me--base", tmp_path / "hub"
+    (cache / "snapshots").mkdir(parents=True)
+    (cache / "snapshots" / "1").symlink_to(tiny_model_dir)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache.parent))
+
+    def upload_folder(self, *, repo_id, folder_path, ignore_patterns, **kwargs):
+        shutil.copytree(folder_path, hub / repo_id, ignore=shutil.ignore_patterns(*ignore_patterns))
+
+    monkeypatch.setattr(
+        HfApi, "create_repo", lambda self, repo_id, **kwargs: RepoUrl(f"https://huggingface.co/{repo_id}")
+    )
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    overrides = ["model=me/base", "push_to_hub=true", "hub_model_id=me/adapter", "hub_strategy=end", "max_steps=1"]
+    finetune.train(*finetune.read_arguments(str(stage), f"output_dir={tmp_path / 'adapter'}", *overrides))
+
+    card = ModelCard.load(hub / "me" / "adapter" / "README.md")
+    assert card.data.base_model == "me/base" and "| tokens | 512 |" in card.text and "PeftModel" in card.text
+    base = AutoModelForCausalLM.from_pretrained("me/base")
+    model = PeftModel.from_pretrained(base, hub / "me" / "adapter")
+    assert model.peft_config["default"].base_model_name_or_path == "me/base"
 
 
 def test_next_stage_goes_on_from_the_last_one(finetune, stage, unkilled, tiny_model_dir, tmp_path):
@@ -282,7 +310,9 @@ def test_bad_arguments(finetune, stage, tmp_path):
     with pytest.raises(ValueError, match="needs `packing: true`"):
         finetune.read_arguments(str(stage), "backpropagate_length=8", "packing=false", f"output_dir={tmp_path}")
     with pytest.raises(ValueError, match="needs `gradient_checkpointing: false`"):
-        finetune.train(*finetune.read_arguments(str(stage), "backpropagate_length=8", f"output_dir={tmp_path}"))
+        finetune.read_arguments(str(stage), "backpropagate_length=8", f"output_dir={tmp_path}")
+    with pytest.raises(ValueError, match="An adapter on the Hub needs a base there"):
+        finetune.read_arguments(str(stage), "push_to_hub=true", f"output_dir={tmp_path}")
     with pytest.raises(ValueError, match="not of the form name=value"):
         finetune.read_arguments(str(stage), "--loss")
     with pytest.raises(ValueError, match="lenght"):
