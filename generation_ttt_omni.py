@@ -180,6 +180,8 @@ class TTTOmniGenerationMixin(GenerationMixin):
                 event, if there are several rows.
         """
         check_speaks(self)
+        if "return_audio" in kwargs:
+            raise ValueError("`return_audio` is for `generate`: `stream` always speaks.")
         if tokenizer is None:
             tokenizer = self._own_tokenizer()
         events = []

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..configuration_ttt_omni import TTTOmniConfig
 from ..memory_ttt_omni import TTTOmniMemory
 from ..modeling_ttt_omni import TTTOmniForCausalLM
-from ..processing_ttt_omni import TTTOmniProcessor
+from ..processing_ttt_omni import TTTOmniProcessor, read_audio
 from ..streaming_ttt_omni import TTTOmniStreamEvent, check_speaks, skip_pieces, turn_pieces
 
 
@@ -59,6 +59,7 @@ def answer_question(
         ValueError, OSError: a recording that cannot be read, a model that cannot be loaded or does not speak.
     """
     _check_folder(output)
+    _check_recording(question)
     sounddevice = _sounddevice("playing") if play else None
     conversation = Conversation(model, device, dtype, memory, skip_silence)
     conversation.hear(question)
@@ -89,6 +90,8 @@ def chat(
     Raises:
         ValueError, OSError: as [`answer_question`], or without questions where there is no microphone.
     """
+    for question in questions:
+        _check_recording(question)
     if not questions:
         questions = _record_questions(_sounddevice("speaking"))
     sounddevice = _sounddevice("playing") if play else None
@@ -121,7 +124,7 @@ class Conversation:
         progress(f"Loading {model}")
         _check_model(model)
         self.processor = TTTOmniProcessor.from_pretrained(model)
-        self.model = TTTOmniForCausalLM.from_pretrained(model, dtype=dtype).to(device)
+        self.model = TTTOmniForCausalLM.from_pretrained(model, dtype=dtype, device_map=device)
         check_speaks(self.model)
         self.end_of_turn = self.processor.tokenizer.convert_tokens_to_ids(END_OF_TURN)
         self.skip_silence = skip_silence
@@ -330,6 +333,11 @@ def _return_freed_memory() -> None:
 def _check_folder(path: str) -> None:
     if not Path(path).parent.is_dir():
         raise ValueError(f"The folder {Path(path).parent} for {Path(path).name} does not exist.")
+
+
+def _check_recording(path: str) -> None:
+    """Raises what reading it would: at once, rather than after the minutes that loading a model may take."""
+    next(read_audio(path, MICROPHONE_RATE), None)
 
 
 def _check_model(model: str) -> None:

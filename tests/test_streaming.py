@@ -289,6 +289,8 @@ def test_refusals(model, inputs):
         list(model.stream(two[:, -20:], max_new_tokens=2))
     with pytest.raises(ValueError, match="neither `num_beams`"):
         list(model.stream(**text_inputs(0), max_new_tokens=2, num_beams=2))
+    with pytest.raises(ValueError, match="`stream` always speaks"):
+        model.stream(**inputs, return_audio=True)
     with pytest.raises(ValueError, match="at least 1 unit, got 0 and 40"):
         model.stream(**inputs, first_chunk_size=0)
     mute = copy.copy(model)

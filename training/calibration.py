@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from ..configuration_ttt_omni import TTTOmniConfig
 from ..conversion.checkpoint import check_new_folder, new_folder
 from ..modeling_ttt_omni import TTTOmniForCausalLM
 from ..processing_ttt_omni import TTTOmniProcessor
@@ -84,8 +85,8 @@ def calibrate_folder(
     if device == "auto":
         device = torch.accelerator.current_accelerator() or "cpu"
     processor = TTTOmniProcessor.from_pretrained(model)
-    graft = TTTOmniForCausalLM.from_pretrained(model, dtype="auto").to(device)
-    dataset = ConversationDataset(data, processor, graft.config)
+    dataset = ConversationDataset(data, processor, TTTOmniConfig.from_pretrained(model))
+    graft = TTTOmniForCausalLM.from_pretrained(model, dtype="auto", device_map=device)
     batches = DataLoader(dataset, collate_fn=ConversationCollator(processor.tokenizer.pad_token_id))
     calibrate(graft, tqdm(batches, desc="Calibrating", unit=" conversations"))
     with new_folder(Path(output)) as folder:
