@@ -80,6 +80,7 @@ class StageTrainer(Trainer):
     def __init__(self, *args, stage: StageArguments, **kwargs):
         super().__init__(*args, **kwargs)
         self.stage = stage
+        self.num_units_in_batch = None  # of speech, in all that a step of the optimizer takes
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
@@ -103,28 +104,24 @@ class StageTrainer(Trainer):
             stage["previous stage"] = self.stage.previous or "none"
             write_adapter_card(self.args.output_dir, base_model=self.stage.model, stage=stage)
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        num_units = torch.tensor([sum(count_labels(batch.get("unit_labels")) for batch in batches)], device=device)
+        self.num_units_in_batch = int(self.accelerator.gather(num_units).sum())
+        return batches, num_items_in_batch
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self.stage.backpropagate_length is None:
             return super().training_step(model, inputs, num_items_in_batch)
         config = self.accelerator.unwrap_model(model).config
         pieces = find_pieces(inputs, self.stage.backpropagate_length, config)
-        loss = sum(
-            super(StageTrainer, self).training_step(model, piece, num_items_in_batch)
-            for piece in take_pieces(inputs, pieces, config)
-        )
-        # Processes exchange weights and gradients in each pass, so that all need as many as the one with the most.
+        # Processes exchange weights and gradients in each pass, so that each takes as many as the one with the most.
         num_pieces = self.accelerator.gather(torch.tensor([len(pieces)], device=self.args.device)).max()
-        for _ in range(int(num_pieces) - len(pieces)):
-            nothing = {
-                "input_ids": inputs["input_ids"][:, :1],
-                "labels": torch.full_like(inputs["labels"][:, :1], -100),
-            }
-            super().training_step(model, nothing, num_items_in_batch)
-        return loss
+        passes = take_pieces(inputs, pieces, config, int(num_pieces))
+        return sum(super(StageTrainer, self).training_step(model, piece, num_items_in_batch) for piece in passes)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {**inputs, "loss_chunk_size": self.stage.loss_chunk_size, "num_items_in_batch": num_items_in_batch}
-        ctc_share = inputs.pop("ctc_share", 1.0)
         if self.stage.loss == "lm":
             inputs.pop("unit_labels", None)
         else:  # where no answer was spoken too, as another process may run the speech decoder
@@ -132,12 +129,21 @@ class StageTrainer(Trainer):
         outputs = model(**inputs)
         loss = outputs.lm_loss
         if self.stage.loss != "lm":
-            ctc_loss = ctc_share * outputs.ctc_loss
+            ctc_loss = outputs.ctc_loss
+            if num_items_in_batch is not None and self.num_units_in_batch:
+                # The model weighs it by the share of these tokens in the batch, which need not be that of the units.
+                share_of_tokens = max(count_labels(inputs["labels"][:, 1:]), 1) / num_items_in_batch
+                ctc_loss = ctc_loss * count_labels(inputs["unit_labels"]) / self.num_units_in_batch / share_of_tokens
             config = self.accelerator.unwrap_model(model).config.speech_decoder_config
             loss = ctc_loss if self.stage.loss == "ctc" else loss + config.ctc_loss_weight * ctc_loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # those items are of all processes, whose mean is taken
         return (loss, outputs) if return_outputs else loss
+
+
+def count_labels(labels: torch.Tensor | None) -> int:
+    """Number of labels other than -100."""
+    return 0 if labels is None else int((labels != -100).sum())
 
 
 def read_arguments(path: str, *overrides: str) -> tuple[StageArguments, TrainingArguments]:
@@ -152,6 +158,10 @@ def read_arguments(path: str, *overrides: str) -> tuple[StageArguments, Training
     stage, arguments = HfArgumentParser((StageArguments, TrainingArguments)).parse_dict(values)
     if stage.backpropagate_length is not None and arguments.gradient_checkpointing:
         raise ValueError("`backpropagate_length` needs `gradient_checkpointing: false`: its pieces pass on a cache.")
+    if stage.backpropagate_length is not None and arguments.world_size > 1:
+        if arguments.per_device_train_batch_size > 1:
+            raise ValueError("`backpropagate_length` on several processes needs `per_device_train_batch_size: 1`.")
+        arguments.ddp_find_unused_parameters = True  # only a sequence's first piece has TTT's initial state
     if arguments.push_to_hub and Path(stage.model).is_dir():
         raise ValueError(f"An adapter on the Hub needs a base there: push {stage.model}, and name its repository.")
     return stage, arguments

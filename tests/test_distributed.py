@@ -1,9 +1,23 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DeepSpeedPlugin
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+import ttt_omni
+from ttt_omni import TTTOmniForCausalLM
+
+
+EXAMPLES = Path(ttt_omni.__file__).parent / "examples"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 TWO_PROCESSES = """
@@ -65,7 +79,81 @@ def test_sharded_step_and_tensor_parallel_logits_equal_those_of_one_process(tiny
     script = tmp_path / "two_processes.py"
     script.write_text(TWO_PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(tmp_path / "model")], capture_output=True, text=True, env=environment)
+    done = subprocess.run([*command, str(tmp_path / "model")], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("equal") == 2
+
+
+# Accelerate shards only what is on accelerators: the processes pass for such. Each list of overrides is a stage.
+FINE_TUNING = """
+import json, sys
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+
+start = PartialState.__init__
+
+def start_with_accelerator(self, *args, **kwargs):
+    start(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+
+PartialState.__init__ = start_with_accelerator
+examples, stage, stages = sys.argv[1:]
+sys.path.insert(0, examples)
+import finetune
+
+for overrides in json.loads(stages):
+    trainer = finetune.train(*finetune.read_arguments(stage, *overrides))
+    W1 = next(p for name, p in trainer.model.named_parameters() if name.endswith("default.W1"))
+    if trainer.accelerator.num_processes == 2:
+        assert isinstance(W1, DTensor) and W1.to_local().shape[0] == W1.shape[0] // 2
+    if trainer.is_world_process_zero():
+        print("losses", json.dumps([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
+"""
+
+
+def test_fine_tuning_under_accelerate_with_fsdp2(tiny_model_dir, spoken_corpus, tmp_path):
+    values = yaml.safe_load((EXAMPLES / "stages" / "8k.yaml").read_text())
+    lines = spoken_corpus.read_text().splitlines()
+    texts = [
+        {"conversations": [{"from": "human", "value": "Say."}, {"from": "gpt", "value": "Said " * i}]} for i in (1, 9)
+    ]
+    manifest = spoken_corpus.with_name("distributed.jsonl")
+    manifest.write_text("\n".join([*map(json.dumps, texts), *lines]))
+    values |= {"model": str(tiny_model_dir), "manifest": str(manifest), "length": 180, "drop_audio_padding": True}
+    values |= {"use_cpu": True, "bf16": False, "report_to": "none", "rank": 2, "max_steps": 2, "save_strategy": "no"}
+    values |= {"warmup_steps": 0, "learning_rate": 1e-2, "memory_learning_rate": 2e-2}
+    values |= {"gradient_accumulation_steps": 1, "lr_scheduler_type": "constant"}
+    (tmp_path / "stage.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "run.py").write_text(FINE_TUNING)
+    config = [
+        "--config_file",
+        str(EXAMPLES / "accelerate" / "fsdp2.yaml"),
+        "--num_processes=2",
+        "--mixed_precision=no",
+    ]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *config]
+    losses = []
+    for command, batch_size in (([sys.executable], 2), (launch, 1)):
+        overrides = [f"per_device_train_batch_size={batch_size}", f"output_dir={tmp_path / str(batch_size)}"]
+        stages = [overrides, [*overrides, "gradient_checkpointing=false", "backpropagate_length=40"]]
+        words = [str(tmp_path / "run.py"), str(EXAMPLES), str(tmp_path / "stage.yaml"), json.dumps(stages)]
+        done = subprocess.run([*command, *words], capture_output=True, text=True, env=ENVIRONMENT)
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = [line for line in done.stdout.splitlines() if line.startswith("losses")]
+        losses.append([json.loads(line.removeprefix("losses")) for line in lines])
+    for one, two in zip(*losses):
+        assert len(one) == 2 and two == pytest.approx(one, rel=1e-4)
+    one, two = (load_file(tmp_path / str(size) / "adapter_model.safetensors") for size in (2, 1))
+    assert {name: x.shape for name, x in one.items()} == {name: x.shape for name, x in two.items()}
+
+
+def test_configurations_for_accelerate(tiny_model_dir):
+    modules = {type(module).__name__ for module in TTTOmniForCausalLM.from_pretrained(tiny_model_dir).modules()}
+    fsdp = load_config_from_file(f"{EXAMPLES}/accelerate/fsdp2.yaml").fsdp_config
+    assert fsdp["fsdp_transformer_layer_cls_to_wrap"] in modules & set(TTTOmniForCausalLM._no_split_modules)
+    deepspeed = load_config_from_file(f"{EXAMPLES}/accelerate/deepspeed_zero3.yaml").deepspeed_config
+    assert deepspeed.pop("deepspeed_moe_layer_cls_names") in modules
+    plugin = DeepSpeedPlugin(**deepspeed)
+    assert plugin.hf_ds_config.is_zero3()

@@ -243,7 +243,8 @@ def step(trainer, batch, length):
     """Loss and gradients of one training step."""
     trainer.stage.backpropagate_length = length
     trainer.model.zero_grad()
-    loss = trainer.training_step(trainer.model, dict(batch), (batch["labels"][:, 1:] != -100).sum())
+    (batch,), num_items_in_batch = trainer.get_batch_samples(iter([batch]), 1, "cpu")
+    loss = trainer.training_step(trainer.model, dict(batch), num_items_in_batch)
     return loss, {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 

@@ -2,6 +2,7 @@
 """The README's and the model card's code runs as it stands, beside what `make demo` makes."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -57,6 +58,9 @@ def test_shell(after_demo):
     (answer,) = (command for command in commands if command[0] == "answer")
     main([*answer, "--max-new-tokens=4"])
     assert soundfile.info("answer.wav").frames > 0
+    stages = [words[words.index("examples/finetune.py") + 1 :] for words in lines if "examples/finetune.py" in words]
+    for stage in stages:
+        assert runpy.run_path("examples/finetune.py")["read_arguments"](*stage, "bf16=false")[0].length >= 8192
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     makes = [words[1] for words in lines if words[0] == "make"]
     assert makes == ["demo", "test"] and set(makes) <= set(targets)

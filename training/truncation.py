@@ -40,25 +40,22 @@ def find_pieces(batch: dict[str, torch.Tensor], length: int, config: TTTOmniConf
 
 
 def take_pieces(
-    batch: dict[str, torch.Tensor], pieces: list[slice], config: TTTOmniConfig
+    batch: dict[str, torch.Tensor], pieces: list[slice], config: TTTOmniConfig, num_passes: int
 ) -> Iterator[dict[str, Any]]:
     """
     The arguments of the forward passes over the pieces, in turn. Each has the cache of those before of its sequence,
     cut off from their graph, so that it takes a backward pass of its own, which frees its activations.
 
-    Beside them stands `ctc_share`, the factor of the piece's CTC loss with which the losses add up to the batch's: the
-    forward pass weighs it by the piece's share of the targets of text, and not of the units.
-
     Args:
         batch: of a packing [`ConversationCollator`].
         pieces: what [`find_pieces`] found in it.
         config: the model's.
+        num_passes: passes to take, at least as many as pieces; those left over have one token and nothing to learn.
     """
     window = _windows(batch, config)
     answered = batch["labels"][0] != IGNORE_INDEX
     answer = (answered & ~answered.roll(1)).cumsum(0) - 1  # [T], the last one that has begun
-    units = batch.get("unit_labels")
-    num_targets, cache = int(answered[1:].sum()), None
+    cache = None
     for piece in pieces:
         if batch["position_ids"][0, piece.start] == 0:
             cache = DynamicCache(config=config)
@@ -71,11 +68,14 @@ def take_pieces(
             if name in batch and len(windows) > 0:
                 inputs[name] = batch[name][windows]
         answers = answer[piece][answered[piece]].unique()
-        if units is not None and len(answers) > 0:
-            inputs["unit_labels"] = units[answers]
-            share = (units[answers] != IGNORE_INDEX).sum() / (units != IGNORE_INDEX).sum().clamp(min=1)
-            inputs["ctc_share"] = share * num_targets / answered[piece].sum()
+        if "unit_labels" in batch and len(answers) > 0:
+            inputs["unit_labels"] = batch["unit_labels"][answers]
         yield inputs
+    for _ in range(num_passes - len(pieces)):
+        _detach(cache)
+        input_ids = batch["input_ids"][:, -1:]
+        labels = torch.full_like(input_ids, IGNORE_INDEX)
+        yield {"input_ids": input_ids, "labels": labels, "past_key_values": cache, "use_cache": True}
 
 
 def _windows(batch, config):
