@@ -202,8 +202,9 @@ class TTTOmniGenerationMixin(GenerationMixin):
         """The tokenizer in the folder or repository from which this model was loaded."""
         if getattr(self, "_tokenizer", None) is None:
             try:
+                # with the config, as reading it again would ask whether to trust the code that is running
                 self._tokenizer = AutoTokenizer.from_pretrained(
-                    self.config.name_or_path, revision=getattr(self.config, "_commit_hash", None)
+                    self.config.name_or_path, config=self.config, revision=getattr(self.config, "_commit_hash", None)
                 )
             except (OSError, ValueError) as error:
                 raise ValueError(

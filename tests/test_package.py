@@ -20,7 +20,7 @@ import ttt_omni
 ROOT = Path(__file__).parent.parent
 FLAT_FILES = {path.name for path in ROOT.glob("*_ttt_omni.py")}
 
-# Loads a folder by the Auto classes alone, where the packages cannot be imported, and saves it elsewhere.
+# Loads a folder by the Auto classes alone, where the packages cannot be imported, speaks, and saves it elsewhere.
 REMOTE_CODE = """
 import sys
 
@@ -38,6 +38,11 @@ for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM):
     assert type(model).__module__.startswith("transformers_modules."), type(model)
 assert AutoConfig.from_pretrained(source, trust_remote_code=True).model_type == "ttt_omni"
 processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
+message = {"role": "user", "content": [{"type": "text", "text": "Hello"}]}
+inputs = processor.apply_chat_template(
+    [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+assert any(event.text for event in model.stream(**inputs, max_new_tokens=8, do_sample=False))
 model.save_pretrained(target)
 processor.save_pretrained(target)
 assert not any(name.split(".")[0] in ("ttt_omni", "ttt_kernels") for name in sys.modules)
@@ -57,7 +62,9 @@ def test_remote_code_without_the_package(tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     folders = [tiny_model_dir, tmp_path / "first", tmp_path / "second"]
     for source, target in zip(folders, folders[1:]):
-        subprocess.run([sys.executable, "-c", REMOTE_CODE, source, target], cwd=tmp_path, check=True)
+        command = [sys.executable, "-c", REMOTE_CODE, source, target]
+        done = subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.PIPE)
+        assert done.stdout == b""  # nor is the user asked again whether the code is trusted
         assert {path.name for path in target.glob("*.py")} == FLAT_FILES
     models = [ttt_omni.TTTOmniForCausalLM.from_pretrained(folder).state_dict() for folder in (folders[0], folders[2])]
     for name, tensor in models[0].items():
