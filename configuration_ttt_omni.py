@@ -119,6 +119,16 @@ class TTTOmniTextConfig(LlamaConfig):
 
     model_type = "ttt_omni_text"
     base_config_key = "text_config"
+    base_model_tp_plan = LlamaConfig.base_model_tp_plan | {
+        "layers.*.ttt.q_proj": "colwise",
+        "layers.*.ttt.k_proj": "colwise",
+        "layers.*.ttt.v_proj": "colwise",
+        "layers.*.ttt.lr_gate": "colwise",
+        "layers.*.ttt.inner_model": "ttt_heads",
+        "layers.*.ttt.inner_norm": "ttt_heads",
+        "layers.*.ttt.post_norm": "ttt_gather_heads",
+        "layers.*.ttt.o_proj": "rowwise_split_input",
+    }
 
     max_position_embeddings: int = 131072
     layer_types: list[str] | None = None

@@ -3,8 +3,10 @@
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
@@ -194,6 +196,29 @@ class TTTOutputGate(nn.Module):
         return torch.tanh(self.weight).to(hidden_states.dtype) * hidden_states
 
 
+class TTTHeadsParallel(TensorParallelLayer):
+    """Tensor parallelism of what has one entry per head: each process holds those of its heads."""
+
+    def should_use_local_tensors(self, module):
+        return True
+
+    def shard_param(self, module, param, mesh):
+        parameter = module._parameters[param]
+        sharded = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
+        module._parameters[param] = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
+
+
+class GatherHeadsParallel(TensorParallelLayer):
+    """Tensor parallelism of a norm over the whole width: each process gets the heads of all."""
+
+    def transform_inputs_pre_forward(self, module, args, kwargs, mesh):
+        return (DTensor.from_local(args[0], mesh, [Shard(-1)]).full_tensor(),), kwargs
+
+
+ALL_PARALLEL_STYLES.register("ttt_heads", TTTHeadsParallel())
+ALL_PARALLEL_STYLES.register("ttt_gather_heads", GatherHeadsParallel())
+
+
 class TTTOmniTTT(nn.Module):
     """
     A Test-Time Training layer (arXiv 2407.04620): sequence mixing whose memory is a small model, trained on the
@@ -274,7 +299,7 @@ class TTTOmniTTT(nn.Module):
 
     def _project(self, hidden_states, state, token_mask, cu_seqlens):
         """q, k and v of the inner loop, `[B, H, T, D]`."""
-        hidden_shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
+        hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (
             projection(hidden_states).view(hidden_shape).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)

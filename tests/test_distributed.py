@@ -49,9 +49,19 @@ loss, logits, norm = output.loss.detach(), output.logits.detach(), gradient_norm
 model.zero_grad(set_to_none=True)
 
 parallel = TTTOmniForCausalLM.from_pretrained(sys.argv[1], distributed_config=DistributedConfig(tp_plan="auto"))
-assert isinstance(parallel.model.language_model.layers[0].mlp.up_proj.weight, DTensor)
+layers = parallel.model.language_model.layers
+assert isinstance(layers[0].mlp.up_proj.weight, DTensor)
+heads = parallel.config.text_config.num_attention_heads
+assert layers[3].ttt.inner_model.W1.to_local().shape[0] == heads // 2
 with torch.no_grad():
     torch.testing.assert_close(parallel(input_ids).logits, logits, atol=1e-4, rtol=0)
+    cache, pieces = None, []
+    for piece in input_ids.split([40, 25, 1, 1, 1, 1, 1], dim=1):
+        output = parallel(piece, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        pieces.append(output.logits)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), logits, atol=1e-4, rtol=0)
+assert cache.layers[3].ttt_state.W1.shape[1] == heads // 2
 
 mesh = init_device_mesh("cpu", (2,))
 for layer in model.model.language_model.layers:
