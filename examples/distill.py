@@ -24,15 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from finetune import StageArguments, StageTrainer
+from finetune import StageArguments, StageTrainer, last_checkpoint
 from peft import PeftModel, get_peft_model
 from transformers import HfArgumentParser, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from ttt_omni import TTTOmniForCausalLM, TTTOmniProcessor, ttt_lora_config
+from ttt_omni.conversion import ConversionError
 from ttt_omni.training import (
     ConversationCollator,
     ConversationDataset,
+    ManifestError,
     layer_matching_loss,
     logit_matching_loss,
     make_parent,
@@ -62,6 +63,8 @@ class DistillationArguments(StageArguments):
         super().__post_init__()
         if self.objective not in OBJECTIVES:
             raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}.")
+        if self.backpropagate_length is not None:
+            raise ValueError("`backpropagate_length` has no meaning here: the parent reads a sequence as a whole.")
 
 
 class DistillationTrainer(StageTrainer):
@@ -70,6 +73,12 @@ class DistillationTrainer(StageTrainer):
     def __init__(self, *args, parent: TTTOmniForCausalLM, **kwargs):
         super().__init__(*args, **kwargs)
         self.parent = parent
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Ours, also where Transformers would write one of its own before a push."""
+        stage = {"tokens": self.stage.length, "distillation": self.stage.objective}
+        stage["previous stage"] = self.stage.previous or "none"
+        write_adapter_card(self.args.output_dir, base_model=self.stage.model, stage=stage)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with self.accelerator.autocast():  # of what is not called through the model's forward
@@ -98,13 +107,14 @@ def read_arguments(path: str, *overrides: str) -> tuple[DistillationArguments, T
             raise ValueError(f"{override!r} is not of the form name=value.")
         values[name] = yaml.safe_load(value)
     values["remove_unused_columns"] = False
-    return HfArgumentParser((DistillationArguments, TrainingArguments)).parse_dict(values)
+    stage, arguments = HfArgumentParser((DistillationArguments, TrainingArguments)).parse_dict(values)
+    if arguments.world_size > 1:
+        raise ValueError("distillation runs on one device; start it without a launcher.")
+    return stage, arguments
 
 
 def train(stage: DistillationArguments, arguments: TrainingArguments) -> DistillationTrainer:
     """Runs the stage, from its last checkpoint if there is one, and saves the adapter."""
-    if arguments.world_size > 1:
-        raise ValueError("Distillation runs on one device; start it without a launcher.")
     set_seed(arguments.seed)
     processor = TTTOmniProcessor.from_pretrained(stage.model)
     graft = TTTOmniForCausalLM.from_pretrained(stage.model, dtype="auto").to(arguments.device)
@@ -123,9 +133,9 @@ def train(stage: DistillationArguments, arguments: TrainingArguments) -> Distill
         model = get_peft_model(graft, adapter)
     else:
         model = PeftModel.from_pretrained(graft, stage.previous, is_trainable=True)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # in bfloat16, small steps would be lost
+    if arguments.bf16:  # of which the passes are, by autocast; weights in it would lose small steps
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     trainer = DistillationTrainer(
         model,
         arguments,
@@ -135,17 +145,9 @@ def train(stage: DistillationArguments, arguments: TrainingArguments) -> Distill
         parent=parent,
     )
     folder = Path(arguments.output_dir)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     trainer.save_model()
-    write_adapter_card(
-        folder,
-        base_model=stage.model,
-        stage={
-            "tokens": stage.length,
-            "distillation": stage.objective,
-            "previous stage": stage.previous or "none",
-        },
-    )
+    trainer.create_model_card()
     return trainer
 
 
@@ -156,4 +158,7 @@ if __name__ == "__main__":
         stage_arguments = read_arguments(*sys.argv[1:])
     except (ValueError, OSError) as error:
         sys.exit(f"distill.py: {error}")
-    train(*stage_arguments)
+    try:
+        train(*stage_arguments)
+    except (ConversionError, ManifestError) as error:
+        sys.exit(f"distill.py: {error}")

@@ -89,7 +89,7 @@ def test_parent_from_a_checkpoint_in_the_original_layout(tmp_path):
 
 def test_parent_needs_its_attention(tmp_path):
     _, student = grafts(["full_attention", "linear_attention"], tmp_path)
-    with pytest.raises(ValueError, match="Layer 1 has no attention to learn from"):
+    with pytest.raises(ConversionError, match="Layer 1 has no attention to learn from"):
         make_parent(student)
     tensors = load_file(tmp_path / "model.safetensors")
     q_proj = "model.language_model.layers.1.self_attn.q_proj.weight"
@@ -375,3 +375,5 @@ def test_bad_arguments(distill, stages, tmp_path):
         distill.read_arguments(stages["layers"], "objective=all", f"output_dir={tmp_path}")
     with pytest.raises(ValueError, match="not of the form name=value"):
         distill.read_arguments(stages["layers"], "--objective")
+    with pytest.raises(ValueError, match="`backpropagate_length` has no meaning here"):
+        distill.read_arguments(stages["layers"], "backpropagate_length=64", f"output_dir={tmp_path}")

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from ..conversion.checkpoint import check_tensors, open_checkpoint
+from ..conversion.checkpoint import ConversionError, check_tensors, open_checkpoint
 from ..layers_ttt_omni import TTTOmniDecoderLayer
 from ..modeling_ttt_omni import TTTOmniForCausalLM, TTTOmniTextModel
 from .calibration import INPUTS
@@ -30,8 +30,8 @@ def make_parent(student: TTTOmniForCausalLM, source: str | os.PathLike | None = 
             that `linear_attention` layers lack is read; may be left out where there are none.
 
     Raises:
-        ValueError: if the student lacks attention and there is no source.
-        [`ConversionError`]: if the source lacks the attention, or has that of a model of another size.
+        [`ConversionError`]: if the student lacks attention and there is no source, or one that lacks it too or has
+            that of a model of another size.
     """
     parent = copy.deepcopy(student, {id(x): x for x in (*student.parameters(), *student.buffers())})
     text_model = parent.model.language_model
@@ -44,7 +44,7 @@ def make_parent(student: TTTOmniForCausalLM, source: str | os.PathLike | None = 
         if hasattr(layer, "self_attn"):
             weights = layer.self_attn.state_dict(keep_vars=True)
         elif source is None:
-            raise ValueError(f"Layer {layer.layer_idx} has no attention to learn from: give the graft's source.")
+            raise ConversionError(f"Layer {layer.layer_idx} has no attention to learn from: give the graft's source.")
         else:
             shapes = {name: tuple(x.shape) for name, x in attention.named_parameters()}
             weights = _read_attention(Path(source), layer.layer_idx, shapes)
