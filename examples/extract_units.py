@@ -33,7 +33,7 @@ from tqdm import tqdm
 from transformers import AutoFeatureExtractor, AutoModel
 
 from ttt_omni.processing_ttt_omni import read_audio
-from ttt_omni.training.data import ManifestError, _parse
+from ttt_omni.training.data import ManifestError, parse_conversation
 
 
 PIECE_SECONDS = 100
@@ -131,7 +131,7 @@ def conversations(manifest: Path) -> Iterator[tuple[int, dict]]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    _parse(line, manifest.parent)
+                    parse_conversation(line, manifest.parent)
                     conversation = json.loads(line)
                     for turn in spoken_answers(conversation):
                         if not isinstance(turn["speech"], str) or not (manifest.parent / turn["speech"]).is_file():

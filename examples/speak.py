@@ -32,7 +32,7 @@ import soundfile
 from tqdm import tqdm
 
 from ttt_omni.processing_ttt_omni import read_audio
-from ttt_omni.training.data import SPEECH_TOKEN, ManifestError, _parse
+from ttt_omni.training.data import SPEECH_TOKEN, ManifestError, parse_conversation
 
 
 QUESTION = f"{SPEECH_TOKEN}\nPlease directly answer the questions in the user's speech."  # as in LLaMA-Omni's data
@@ -47,7 +47,7 @@ def conversations(texts: Path) -> Iterator[tuple[int, dict]]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    if _parse(line, texts.parent).speech:
+                    if parse_conversation(line, texts.parent).speech:
                         raise ManifestError(f"it has {SPEECH_TOKEN} already, where a question in text is needed.")
                 except ManifestError as error:
                     raise ManifestError(f"{texts}, line {number}: {error}") from None

@@ -61,6 +61,7 @@ def test_shell(after_demo):
     stages = [words[words.index("examples/finetune.py") + 1 :] for words in lines if "examples/finetune.py" in words]
     for stage in stages:
         assert runpy.run_path("examples/finetune.py")["read_arguments"](*stage, "bf16=false")[0].length >= 8192
+    assert all((ROOT / words[1]).is_file() for words in lines if words[0] == "python")
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     makes = [words[1] for words in lines if words[0] == "make"]
     assert makes == ["demo", "test"] and set(makes) <= set(targets)

@@ -82,7 +82,7 @@ class ConversationDataset(Dataset):
         with open(self.manifest, "rb") as file:
             for offset in self.offsets[slice(*self.groups[index])]:
                 file.seek(offset)
-                conversations.append(_parse(file.readline(), self.manifest.parent))
+                conversations.append(parse_conversation(file.readline(), self.manifest.parent))
         inputs = self.processor.apply_chat_template(
             [message for conversation in conversations for message in conversation.messages],
             tokenize=True,
@@ -110,7 +110,7 @@ class ConversationDataset(Dataset):
                 progress.update()
                 if line.strip():
                     try:
-                        conversation = _parse(line, self.manifest.parent)
+                        conversation = parse_conversation(line, self.manifest.parent)
                         self._check_speech(conversation)
                         self._check_units(conversation)
                         room = self._add(conversation, room)
@@ -192,7 +192,7 @@ class _Conversation:
     units: list[list[int]]  # per answer, empty where it was not spoken
 
 
-def _parse(line: bytes, folder: Path) -> _Conversation:
+def parse_conversation(line: bytes, folder: Path) -> _Conversation:
     """A line of a manifest whose recordings are in `folder`. Raises [`ManifestError`] without naming the line."""
     try:
         record = json.loads(line)
