@@ -1,6 +1,8 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DeepSpeedPlugin
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -94,9 +97,9 @@ def test_sharded_step_and_tensor_parallel_logits_equal_those_of_one_process(tiny
     assert done.stdout.count("equal") == 2
 
 
-# Accelerate shards only what is on accelerators: the processes pass for such. Each list of overrides is a stage.
+# Accelerate shards only what is on accelerators: the processes pass for such.
 FINE_TUNING = """
-import json, sys
+import runpy, sys
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
@@ -109,17 +112,15 @@ def start_with_accelerator(self, *args, **kwargs):
         self.distributed_type = DistributedType.MULTI_GPU
 
 PartialState.__init__ = start_with_accelerator
-examples, stage, stages = sys.argv[1:]
-sys.path.insert(0, examples)
-import finetune
-
-for overrides in json.loads(stages):
-    trainer = finetune.train(*finetune.read_arguments(stage, *overrides))
+finetune = runpy.run_path(sys.argv[1])
+overrides = sys.argv[3:]
+truncated = ["gradient_checkpointing=false", "backpropagate_length=40"]
+for overrides in (overrides, [*overrides, *truncated]):
+    trainer = finetune["train"](*finetune["read_arguments"](sys.argv[2], *overrides))
     W1 = next(p for name, p in trainer.model.named_parameters() if name.endswith("default.W1"))
-    if trainer.accelerator.num_processes == 2:
-        assert isinstance(W1, DTensor) and W1.to_local().shape[0] == W1.shape[0] // 2
+    assert isinstance(W1, DTensor) and W1.to_local().shape[0] == W1.shape[0] // 2
     if trainer.is_world_process_zero():
-        print("losses", json.dumps([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
+        print("losses", [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
 """
 
 
@@ -137,26 +138,26 @@ def test_fine_tuning_under_accelerate_with_fsdp2(tiny_model_dir, spoken_corpus, 
     values |= {"gradient_accumulation_steps": 1, "lr_scheduler_type": "constant"}
     (tmp_path / "stage.yaml").write_text(yaml.safe_dump(values))
     (tmp_path / "run.py").write_text(FINE_TUNING)
-    config = [
-        "--config_file",
-        str(EXAMPLES / "accelerate" / "fsdp2.yaml"),
-        "--num_processes=2",
-        "--mixed_precision=no",
-    ]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *config]
-    losses = []
-    for command, batch_size in (([sys.executable], 2), (launch, 1)):
-        overrides = [f"per_device_train_batch_size={batch_size}", f"output_dir={tmp_path / str(batch_size)}"]
-        stages = [overrides, [*overrides, "gradient_checkpointing=false", "backpropagate_length=40"]]
-        words = [str(tmp_path / "run.py"), str(EXAMPLES), str(tmp_path / "stage.yaml"), json.dumps(stages)]
-        done = subprocess.run([*command, *words], capture_output=True, text=True, env=ENVIRONMENT)
-        assert done.returncode == 0, done.stderr[-3000:]
-        lines = [line for line in done.stdout.splitlines() if line.startswith("losses")]
-        losses.append([json.loads(line.removeprefix("losses")) for line in lines])
-    for one, two in zip(*losses):
-        assert len(one) == 2 and two == pytest.approx(one, rel=1e-4)
-    one, two = (load_file(tmp_path / str(size) / "adapter_model.safetensors") for size in (2, 1))
+    script, stage = str(EXAMPLES / "finetune.py"), str(tmp_path / "stage.yaml")
+
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--mixed_precision=no"]
+    launch += ["--config_file", f"{EXAMPLES}/accelerate/fsdp2.yaml", str(tmp_path / "run.py"), script, stage]
+    overrides = ["per_device_train_batch_size=1", f"output_dir={tmp_path / 'sharded'}"]
+    done = subprocess.run([*launch, *overrides], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    sharded = [json.loads(words) for words in re.findall(r"^losses (.*)$", done.stdout, re.MULTILINE)]
+
+    finetune, losses = runpy.run_path(script), []
+    overrides = ["per_device_train_batch_size=2", f"output_dir={tmp_path / 'whole'}"]
+    for truncated in ([], ["gradient_checkpointing=false", "backpropagate_length=40"]):
+        trainer = finetune["train"](*finetune["read_arguments"](stage, *overrides, *truncated))
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 2 and losses[0][0] == pytest.approx(losses[1][0], rel=1e-4)
+    for one, two in zip(losses, sharded, strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "sharded"))
     assert {name: x.shape for name, x in one.items()} == {name: x.shape for name, x in two.items()}
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), tmp_path / "sharded")
 
 
 def test_configurations_for_accelerate(tiny_model_dir):

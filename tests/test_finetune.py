@@ -297,12 +297,6 @@ def test_activations_of_a_piece_are_freed(trainer_and_batch):
     assert lengths.count(0) == 2 and max(lengths) > 200 and not any(num_kept), passes
 
 
-def test_stage_with_truncated_backpropagation(finetune, stage, unkilled, tmp_path):
-    overrides = [f"output_dir={tmp_path}", "gradient_checkpointing=false", "backpropagate_length=128", "max_steps=1"]
-    trainer = finetune.train(*finetune.read_arguments(str(stage), *overrides))
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(losses(unkilled)[0], rel=1e-4)
-
-
 def test_bad_arguments(finetune, stage, tmp_path):
     with pytest.raises(ValueError, match="`loss` must be one of both, lm, ctc, got 'asr'"):
         finetune.read_arguments(str(stage), "loss=asr", f"output_dir={tmp_path}")
