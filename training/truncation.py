@@ -30,10 +30,10 @@ def find_pieces(batch: dict[str, torch.Tensor], length: int, config: TTTOmniConf
     window, answered = _windows(batch, config), batch["labels"][0] != IGNORE_INDEX  # [T]
     starts = batch["position_ids"][0] == 0
     may_cut = starts | ~answered & ((window < 0) | (window != window.roll(1)))  # before a token
-    borders = may_cut.nonzero().flatten().tolist()
+    borders, is_start = may_cut.nonzero().flatten().tolist(), starts.tolist()
     pieces, first = [], 0
     for start, end in pairwise([*borders, len(may_cut)]):
-        if start > first and (starts[start] or end - first > length):
+        if start > first and (is_start[start] or end - first > length):
             pieces.append(slice(first, start))
             first = start
     return [*pieces, slice(first, len(may_cut))]
