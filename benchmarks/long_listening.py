@@ -68,6 +68,7 @@ def placeholders(folder: Path, memory: str) -> int:
 
 
 def measure(folder: Path, minutes: int) -> dict:
+    embeddings = minutes * 60 // WINDOW_SECONDS * EMBEDDINGS
     make_tiny(folder / "tiny")
     write_recording(folder / "short.flac", 1)
     write_recording(folder / "long.flac", minutes)
@@ -75,22 +76,23 @@ def measure(folder: Path, minutes: int) -> dict:
     began = time.monotonic()
     long = finish(start(folder, "long.flac", "long.wav", "long.memory"))
     seconds = time.monotonic() - began
+    print(f"peak memory: {short:.0f} MB for 1 minute, {long:.0f} MB for {minutes}; {seconds:.0f} s", flush=True)
 
     process = start(folder, "long.flac", "resumed.wav", "resumed.memory")
-    while time.monotonic() - began < 1.5 * seconds or not (folder / "resumed.memory").exists():
+    while not (folder / "resumed.memory").exists() or placeholders(folder, "resumed.memory") < embeddings // 3:
         if process.poll() is not None:
-            raise RuntimeError("There was no time to kill the process: give more minutes.")
-        time.sleep(0.1)
+            raise RuntimeError("The process ended before it could be killed: give more minutes.")
+        time.sleep(1)
     process.send_signal(signal.SIGKILL)
     process.wait()
     heard_when_killed = placeholders(folder, "resumed.memory")
+    print(f"killed after {heard_when_killed} of {embeddings} placeholders", flush=True)
     finish(start(folder, "long.flac", "resumed.wav", "resumed.memory"))
 
     def same(suffix):
         return (folder / f"long.{suffix}").read_bytes() == (folder / f"resumed.{suffix}").read_bytes()
 
     hidden_size = TTTOmniConfig.from_pretrained(folder / "tiny").get_text_config().hidden_size
-    embeddings = minutes * 60 // WINDOW_SECONDS * EMBEDDINGS
     return {
         "minutes": minutes,
         "seconds": seconds,
