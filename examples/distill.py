@@ -12,9 +12,9 @@ learns what the parent's attention does (`objective: layers`), then the model wh
 
 A YAML file holds the fields of `DistillationArguments` and of Transformers' `TrainingArguments`; `name=value` after it
 wins. The same command again goes on from the last checkpoint after an interruption. The adapter in `output_dir` holds
-the TTT layers in full, and LoRA for the rest of their layers; `examples/finetune.py` takes it as `previous`.
+TTT in full, and LoRA for the rest of the language model; `examples/finetune.py` takes it as `previous`.
 
-Everything runs on one device, where the parent shares the graft's weights. Of Llama 3.1 8B with TTT in 8 layers, 0.5
+Everything runs on one device, where the parent shares the graft's weights. Of Llama 3.1 8B with TTT in 8 layers, 0.6
 billion parameters are trained, which take 9 GB with their gradients and Adam's moments beside the 19 GB of the model.
 """
 
@@ -42,6 +42,7 @@ from ttt_omni.training import (
 
 
 OBJECTIVES = ("layers", "logits")
+PROJECTIONS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"  # that LoRA adapts
 
 
 @dataclass
@@ -127,9 +128,7 @@ def train(stage: DistillationArguments, arguments: TrainingArguments) -> Distill
         processor_kwargs={"drop_audio_padding": stage.drop_audio_padding},
     )
     if stage.previous is None:
-        adapter = ttt_lora_config(
-            graft, stage.rank, modules_to_save=["ttt", "ttt_gate"], exclude_modules=r".*\.ttt\..*"
-        )
+        adapter = ttt_lora_config(graft, stage.rank, modules_to_save=["ttt", "ttt_gate"], target_modules=PROJECTIONS)
         model = get_peft_model(graft, adapter)
     else:
         model = PeftModel.from_pretrained(graft, stage.previous, is_trainable=True)
