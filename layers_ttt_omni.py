@@ -315,7 +315,7 @@ class TTTOmniTTT(nn.Module):
         return q, k, v
 
     def _rotate(self, q, k, state, token_mask, cu_seqlens):
-        """Rotary embedding by the position in the mini-batch, over pairs of neighbours as in ttt-lm-pytorch."""
+        """Rotary embedding by the position in the mini-batch, in Llama's pairs, whose projections TTT copies."""
         index = torch.arange(q.shape[2], device=q.device)
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens.to(index)
@@ -326,14 +326,9 @@ class TTTOmniTTT(nn.Module):
             index = index + state.position[:, None]
         position = index.clamp(min=0) % self.config.ttt_mini_batch_size  # [B, T]
         exponents = torch.arange(0, self.head_dim, 2, device=q.device, dtype=torch.float32) / self.head_dim
-        angles = position[:, None, :, None] * self.config.ttt_rope_theta**-exponents  # [B, 1, T, D / 2]
-        cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
-
-        def rotate(x):
-            even, odd = x[..., 0::2], x[..., 1::2]
-            return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
-
-        return rotate(q), rotate(k)
+        angles = position[..., None] * self.config.ttt_rope_theta**-exponents  # [B, T, D / 2]
+        angles = torch.cat([angles, angles], dim=-1)
+        return apply_rotary_pos_emb(q, k, angles.cos().to(q.dtype), angles.sin().to(q.dtype))
 
 
 class TTTOmniDecoderLayer(LlamaDecoderLayer):

@@ -135,7 +135,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict:
     convert_llama_omni(source, graft, mode="replace", dtype="float32", **options)
     config = TTTOmniConfig.from_pretrained(graft)
     config.text_config.ttt_scan_checkpoint_group_size = 0
-    config.text_config.ttt_rope_theta = arguments.rope_theta or None
+    if not arguments.rope:
+        config.text_config.ttt_rope_theta = None
     config.text_config.ttt_base_lr = arguments.base_lr
     student = TTTOmniForCausalLM.from_pretrained(graft, config=config)
     parent = make_parent(student, source)
@@ -205,7 +206,7 @@ def main() -> None:
     parser.add_argument("--layers", default="3", help="whose attention is replaced, of 0-3")
     parser.add_argument("--ttt-type", default="linear")
     parser.add_argument("--base-lr", type=float, default=1.0, help="TTT's inner base learning rate")
-    parser.add_argument("--rope-theta", type=float, default=10000.0, help="of TTT's rotary embedding; 0 for none")
+    parser.add_argument("--no-rope", dest="rope", action="store_false", help="no rotary embedding in TTT")
     parser.add_argument("--parent-steps", type=int, default=900)
     parser.add_argument("--matching-steps", type=int, default=200)
     parser.add_argument("--distillation-steps", type=int, default=600)

@@ -108,7 +108,8 @@ def convert_llama_omni(
             encoder inside the checkpoint, and may be left out where there is one.
         vocoder, vocoder_config: fairseq's unit HiFi-GAN and its JSON.
         layers: layers to graft TTT into, as `"24-31"`, `"0,2,5-7"` or numbers; by default the upper quarter.
-        mode: `"hybrid"`, TTT beside attention behind a gate that starts at 0, or `"replace"`, TTT in its place.
+        mode: `"hybrid"`, TTT beside attention behind a gate that starts at 0, or `"replace"`, TTT in its place, with
+            its rotary embedding, by the position in the mini-batch.
         ttt_type: inner model, `"linear"` or `"mlp"`, for all layers or one per layer of the model.
         mini_batch_size: tokens per inner mini-batch.
         attention_window: tokens that attention sees, in all layers, so that memory is bounded; by default all.
@@ -220,6 +221,8 @@ def plan_conversion(
     check_tensors(tensors, _shapes(config), source)
     for layer in ttt_layers:
         text_config.layer_types[layer] = LAYER_TYPES[mode]
+    if mode == "replace":
+        text_config.ttt_rope_theta = text_config.rope_parameters["rope_theta"]
     if attention_window is not None:
         text_config.layer_types = [WINDOWED_LAYER_TYPES.get(name, name) for name in text_config.layer_types]
     tensors = graft(tensors, text_config, _shapes(config), seed=0)

@@ -24,7 +24,7 @@ from transformers import (
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
-from transformers.models.llama.modeling_llama import repeat_kv
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, repeat_kv
 
 from ttt_omni import TTTOmniForCausalLM
 from ttt_omni.conversion import ConversionError, convert_llama_omni, tiny
@@ -239,6 +239,32 @@ def test_modes_types_and_dtypes(goldens, parts, tmp_path, mode, ttt_type, dtype)
     for name, parameter in model.named_parameters():
         kept_in_float32 = any(part in name.split(".") for part in kept)
         assert parameter.dtype == (torch.float32 if kept_in_float32 else getattr(torch, dtype)), name
+
+
+def test_what_replaces_attention_compares_as_attention_did(golden_model_dir, goldens, parts, tmp_path):
+    """Within a mini-batch, the products of TTT's queries and keys are attention's (but for long-range scaling)."""
+    convert_llama_omni(goldens, tmp_path / "out", **parts, mode="replace", dtype="float32", mini_batch_size=32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    full = AutoModelForCausalLM.from_pretrained(golden_model_dir)
+    assert full.config.text_config.ttt_rope_theta is None
+    attention = full.model.language_model.layers[3].self_attn
+    ttt = model.model.language_model.layers[3].ttt
+    hidden_states = torch.randn(1, 64, attention.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    shape = (1, 64, -1, attention.head_dim)
+    with torch.no_grad():
+        q, k, _ = ttt._project(hidden_states, ttt.inner_model(1), None, None)
+        theta = attention.config.rope_parameters["rope_theta"]
+        unscaled = LlamaConfig(
+            head_dim=attention.head_dim, rope_parameters={"rope_type": "default", "rope_theta": theta}
+        )
+        rotation = LlamaRotaryEmbedding(unscaled)(hidden_states, torch.arange(64)[None])
+        heads = (projection(hidden_states).view(shape) for projection in (attention.q_proj, attention.k_proj))
+        rotated = apply_rotary_pos_emb(*(x.transpose(1, 2) for x in heads), *rotation)
+    query, key = (torch.nn.functional.normalize(x, dim=-1) * attention.head_dim**0.5 for x in rotated)
+    key = repeat_kv(key, attention.num_key_value_groups)
+    for piece in (slice(0, 32), slice(32, 64)):
+        expected = query[:, :, piece] @ key[:, :, piece].mT
+        torch.testing.assert_close(q[:, :, piece] @ k[:, :, piece].mT, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_window(golden_model_dir, goldens, parts, tmp_path):
