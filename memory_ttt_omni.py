@@ -56,8 +56,9 @@ class TTTOmniMemoryMixin:
             input_ids, attention_mask: `[B, T]`, the conversation so far, to go on from with the next turn.
 
         Raises:
-            ValueError: if the cache is empty.
+            ValueError: if the cache is empty, or a tensor-parallel model has only a part of it in this process.
         """
+        self._require_all_heads()
         tensors, lengths = {}, []
         add_ttt_layers(past_key_values, self.config.get_text_config())
         for index, layer in enumerate(past_key_values.layers):
@@ -89,8 +90,10 @@ class TTTOmniMemoryMixin:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is damaged, is none of `save_memory`, or belongs to another model.
+            ValueError: if the file is damaged, is none of `save_memory`, or belongs to another model, or if this model
+                is tensor-parallel.
         """
+        self._require_all_heads()
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"No saved conversation at {path}.")
@@ -116,6 +119,13 @@ class TTTOmniMemoryMixin:
             weight = layers[index].input_layernorm.weight
             _fill_layer(layer, found, length, weight.device, weight.dtype)
         return TTTOmniMemory(cache, tensors.get("input_ids"), tensors.get("attention_mask"))
+
+    def _require_all_heads(self) -> None:
+        if (self.tp_size or 1) > 1:
+            raise ValueError(
+                "This process of a tensor-parallel model has only some heads of a conversation: save and load "
+                "memories with a model that is not divided."
+            )
 
     def memory_fingerprint(self) -> str:
         """

@@ -65,6 +65,11 @@ with torch.no_grad():
         pieces.append(output.logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), logits, atol=1e-4, rtol=0)
 assert cache.layers[3].ttt_state.W1.shape[1] == heads // 2
+try:
+    parallel.save_memory(sys.argv[1] + ".memory", cache)
+    raise AssertionError("a part of a conversation was saved")
+except ValueError as error:
+    assert "only some heads" in str(error)
 
 mesh = init_device_mesh("cpu", (2,))
 for layer in model.model.language_model.layers:
