@@ -21,12 +21,11 @@ billion parameters are trained, which take 9 GB with their gradients and Adam's 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
+import finetune
 from finetune import StageArguments, StageTrainer, last_checkpoint
 from peft import PeftModel, get_peft_model
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from ttt_omni import TTTOmniForCausalLM, TTTOmniProcessor, ttt_lora_config
 from ttt_omni.conversion import ConversionError
@@ -101,14 +100,7 @@ class DistillationTrainer(StageTrainer):
 
 def read_arguments(path: str, *overrides: str) -> tuple[DistillationArguments, TrainingArguments]:
     """The fields in the YAML file `path`, and those that `name=value` set anew."""
-    values: dict[str, Any] = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    for override in overrides:
-        name, equals, value = override.partition("=")
-        if not equals:
-            raise ValueError(f"{override!r} is not of the form name=value.")
-        values[name] = yaml.safe_load(value)
-    values["remove_unused_columns"] = False
-    stage, arguments = HfArgumentParser((DistillationArguments, TrainingArguments)).parse_dict(values)
+    stage, arguments = finetune.read_arguments(path, *overrides, stage_class=DistillationArguments)
     if arguments.world_size > 1:
         raise ValueError("distillation runs on one device; start it without a launcher.")
     return stage, arguments

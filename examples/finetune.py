@@ -146,7 +146,9 @@ def count_labels(labels: torch.Tensor | None) -> int:
     return 0 if labels is None else int((labels != -100).sum())
 
 
-def read_arguments(path: str, *overrides: str) -> tuple[StageArguments, TrainingArguments]:
+def read_arguments(
+    path: str, *overrides: str, stage_class: type[StageArguments] = StageArguments
+) -> tuple[StageArguments, TrainingArguments]:
     """The fields in the YAML file `path`, and those that `name=value` set anew."""
     values: dict[str, Any] = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     for override in overrides:
@@ -155,7 +157,7 @@ def read_arguments(path: str, *overrides: str) -> tuple[StageArguments, Training
             raise ValueError(f"{override!r} is not of the form name=value.")
         values[name] = yaml.safe_load(value)
     values["remove_unused_columns"] = False
-    stage, arguments = HfArgumentParser((StageArguments, TrainingArguments)).parse_dict(values)
+    stage, arguments = HfArgumentParser((stage_class, TrainingArguments)).parse_dict(values)
     if stage.backpropagate_length is not None and arguments.gradient_checkpointing:
         raise ValueError("`backpropagate_length` needs `gradient_checkpointing: false`: its pieces pass on a cache.")
     if stage.backpropagate_length is not None and arguments.world_size > 1:
