@@ -2,7 +2,7 @@
 """
 What replacing attention by TTT costs, and what distillation gives back.
 
-    python benchmarks/distillation.py [--layers 3] [--rope-theta 10000] [--output FILE]
+    python benchmarks/distillation.py [--layers 3] [--no-rope] [--output FILE]
 
 A small Llama, the parent, is trained on the source text of Python's standard library, converted in replace mode,
 calibrated, matched layer by layer to the parent's attention, and distilled from the parent's logits, as
