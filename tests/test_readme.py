@@ -49,7 +49,7 @@ def test_model_card(golden_model_dir, after_demo, monkeypatch, tmp_path):
     assert len(names["out"].waveform[0]) > 0
 
 
-def test_shell(after_demo):
+def test_shell(after_demo, monkeypatch):
     text = "".join(code_blocks(ROOT / "README.md", "sh")).replace("\\\n", " ")
     lines = [shlex.split(line, comments=True) for line in text.splitlines()]
     commands = [words[1:] for words in lines if words[0] == "ttt-omni"]
@@ -61,6 +61,10 @@ def test_shell(after_demo):
     stages = [words[words.index("examples/finetune.py") + 1 :] for words in lines if "examples/finetune.py" in words]
     for stage in stages:
         assert runpy.run_path("examples/finetune.py")["read_arguments"](*stage, "bf16=false")[0].length >= 8192
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    distillation = runpy.run_path("examples/distill.py")["read_arguments"]
+    steps = [words[2:] for words in lines if words[:2] == ["python", "examples/distill.py"]]
+    assert [distillation(*step, "bf16=false")[0].objective for step in steps] == ["layers", "logits"]
     assert all((ROOT / words[1]).is_file() for words in lines if words[0] == "python")
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     makes = [words[1] for words in lines if words[0] == "make"]
