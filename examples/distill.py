@@ -20,18 +20,14 @@ billion parameters are trained, which take 9 GB with their gradients and Adam's 
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import finetune
-from finetune import StageArguments, StageTrainer, last_checkpoint
-from peft import PeftModel, get_peft_model
+from finetune import StageArguments, StageTrainer
 from transformers import TrainingArguments, set_seed
 
-from ttt_omni import TTTOmniForCausalLM, TTTOmniProcessor, ttt_lora_config
+from ttt_omni import TTTOmniForCausalLM, ttt_lora_config
 from ttt_omni.conversion import ConversionError
 from ttt_omni.training import (
-    ConversationCollator,
-    ConversationDataset,
     ManifestError,
     layer_matching_loss,
     logit_matching_loss,
@@ -107,39 +103,14 @@ def read_arguments(path: str, *overrides: str) -> tuple[DistillationArguments, T
 
 
 def train(stage: DistillationArguments, arguments: TrainingArguments) -> DistillationTrainer:
-    """Runs the stage, from its last checkpoint if there is one, and saves the adapter."""
+    """Runs the stage."""
     set_seed(arguments.seed)
-    processor = TTTOmniProcessor.from_pretrained(stage.model)
     graft = TTTOmniForCausalLM.from_pretrained(stage.model, dtype="auto").to(arguments.device)
     parent = make_parent(graft, stage.source)
-    dataset = ConversationDataset(
-        stage.manifest,
-        processor,
-        graft.config,
-        join_to_length=stage.length,
-        processor_kwargs={"drop_audio_padding": stage.drop_audio_padding},
-    )
-    if stage.previous is None:
-        adapter = ttt_lora_config(graft, stage.rank, modules_to_save=["ttt", "ttt_gate"], target_modules=PROJECTIONS)
-        model = get_peft_model(graft, adapter)
-    else:
-        model = PeftModel.from_pretrained(graft, stage.previous, is_trainable=True)
-    if arguments.bf16:  # of which the passes are, by autocast; weights in it would lose small steps
-        for parameter in model.parameters():
-            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
-    trainer = DistillationTrainer(
-        model,
-        arguments,
-        train_dataset=dataset,
-        data_collator=ConversationCollator(processor.tokenizer.pad_token_id, stage.packing),
-        stage=stage,
-        parent=parent,
-    )
-    folder = Path(arguments.output_dir)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    trainer.save_model()
-    trainer.create_model_card()
-    return trainer
+    data = finetune.read_data(stage, graft.config)
+    fresh = ttt_lora_config(graft, stage.rank, modules_to_save=["ttt", "ttt_gate"], target_modules=PROJECTIONS)
+    model = finetune.add_adapter(graft, fresh, stage, arguments)
+    return finetune.run(DistillationTrainer(model, arguments, stage=stage, parent=parent, **data))
 
 
 if __name__ == "__main__":

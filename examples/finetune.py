@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 import yaml
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
-from ttt_omni import TTTOmniForCausalLM, TTTOmniProcessor, ttt_lora_config
+from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM, TTTOmniProcessor, ttt_lora_config
 from ttt_omni.training import ConversationCollator, ConversationDataset, ManifestError, write_adapter_card
 from ttt_omni.training.truncation import find_pieces, take_pieces
 
@@ -175,40 +175,53 @@ def last_checkpoint(folder: Path) -> str | None:
     return max(map(str, complete), key=lambda path: int(path.rpartition("-")[2]), default=None)
 
 
-def train(stage: StageArguments, arguments: TrainingArguments) -> Trainer:
-    """Runs the stage, from its last checkpoint if there is one, and saves the adapter."""
-    set_seed(arguments.seed)
+def read_data(stage: StageArguments, config: TTTOmniConfig) -> dict[str, Any]:
+    """The arguments of a trainer that say what it trains on."""
     processor = TTTOmniProcessor.from_pretrained(stage.model)
-    base = TTTOmniForCausalLM.from_pretrained(stage.model, dtype="auto")
     dataset = ConversationDataset(
         stage.manifest,
         processor,
-        base.config,
+        config,
         join_to_length=stage.length,
         processor_kwargs={"drop_audio_padding": stage.drop_audio_padding},
     )
-    needed = {"lm": 0, "both": 1, "ctc": len(dataset.offsets)}[stage.loss]
-    if dataset.num_spoken < needed:
-        raise ValueError(f"{stage.manifest} has too few conversations with `units` for `loss={stage.loss}`.")
+    collator = ConversationCollator(processor.tokenizer.pad_token_id, stage.packing)
+    return {"train_dataset": dataset, "data_collator": collator}
+
+
+def add_adapter(
+    base: TTTOmniForCausalLM, fresh: LoraConfig, stage: StageArguments, arguments: TrainingArguments
+) -> PeftModel:
+    """`base` with the adapter of the stage before, or else a fresh one, to be trained."""
     if stage.previous is None:
-        model = get_peft_model(base, ttt_lora_config(base, stage.rank))
+        model = get_peft_model(base, fresh)
     else:
         model = PeftModel.from_pretrained(base, stage.previous, is_trainable=True)
     if arguments.bf16:  # of which the passes are, by autocast; weights in it would lose small steps
         for parameter in model.parameters():
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
-    trainer = StageTrainer(
-        model,
-        arguments,
-        train_dataset=dataset,
-        data_collator=ConversationCollator(processor.tokenizer.pad_token_id, stage.packing),
-        stage=stage,
-    )
-    folder = Path(arguments.output_dir)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    return model
+
+
+def run(trainer: StageTrainer) -> StageTrainer:
+    """Trains from the last checkpoint if there is one, and saves the adapter and its card."""
+    trainer.train(resume_from_checkpoint=last_checkpoint(Path(trainer.args.output_dir)))
     trainer.save_model()
     trainer.create_model_card()
     return trainer
+
+
+def train(stage: StageArguments, arguments: TrainingArguments) -> StageTrainer:
+    """Runs the stage."""
+    set_seed(arguments.seed)
+    base = TTTOmniForCausalLM.from_pretrained(stage.model, dtype="auto")
+    data = read_data(stage, base.config)
+    dataset = data["train_dataset"]
+    needed = {"lm": 0, "both": 1, "ctc": len(dataset.offsets)}[stage.loss]
+    if dataset.num_spoken < needed:
+        raise ValueError(f"{stage.manifest} has too few conversations with `units` for `loss={stage.loss}`.")
+    model = add_adapter(base, ttt_lora_config(base, stage.rank), stage, arguments)
+    return run(StageTrainer(model, arguments, stage=stage, **data))
 
 
 if __name__ == "__main__":
