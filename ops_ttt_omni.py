@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
+from transformers.utils.generic import maybe_autocast
 
 
 try:
@@ -230,9 +231,10 @@ def _ttt(mini_batch, q, k, v, lr, token_scale, ln_weight, ln_bias, state, attent
     norm = ln_weight.to(scale), ln_bias.to(scale)
     if q.shape[2] == 0:
         return q.clone(), state
-    if q.shape[2] == 1 and attention_mask is None and cu_seqlens is None:
-        return _decode(mini_batch, q, k, v, lr, scale, norm, state)
-    return _prefill(mini_batch, q, k, v, lr, scale, norm, state, attention_mask, cu_seqlens, checkpoint_group_size)
+    with maybe_autocast(q.device.type, enabled=False):  # in the state's dtype, whatever the rest of the model runs in
+        if q.shape[2] == 1 and attention_mask is None and cu_seqlens is None:
+            return _decode(mini_batch, q, k, v, lr, scale, norm, state)
+        return _prefill(mini_batch, q, k, v, lr, scale, norm, state, attention_mask, cu_seqlens, checkpoint_group_size)
 
 
 def _runs_on_kernels(backend, q, token_scale, state) -> bool:

@@ -237,6 +237,27 @@ def test_bfloat16_activations(ttt_type, seed, length, cuts):
 
 @TTT_TYPES
 @pytest.mark.parametrize("group_size", [0, 2])
+def test_autocast_leaves_the_state_in_float32(ttt_type, group_size):
+    """Activations may be bfloat16, as in training with `bf16=True`; the inner loop is what it is without autocast."""
+    op, state_class = OPS[ttt_type]
+    tokens, parameters, initial = random_inputs(ttt_type, 0, rows=1, length=11)
+    tokens = [x.bfloat16().requires_grad_() for x in tokens]
+
+    def run(enabled, length):
+        state = state_class.initial(*initial, batch_size=1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            o, last = op(*(x[:, :, :length] for x in tokens), *parameters, state, checkpoint_group_size=group_size)
+        return o, last, torch.autograd.grad(o.float().square().sum(), tokens)
+
+    for length in (11, 1):
+        (o, last, gradients), (expected, expected_last, expected_gradients) = run(True, length), run(False, length)
+        assert torch.equal(o, expected)
+        assert_states_close(last, expected_last, 0)
+        assert all(torch.equal(*pair) for pair in zip(gradients, expected_gradients))
+
+
+@TTT_TYPES
+@pytest.mark.parametrize("group_size", [0, 2])
 def test_gradients_are_exact(ttt_type, group_size):
     """For every input, parameter and the initial state, across mini-batches and calls."""
     op, state_class = OPS[ttt_type]
