@@ -32,14 +32,15 @@ RESULTS = Path(__file__).parent / "results"
 HEADS, HEAD_DIM, MINI_BATCH = 32, 128, 64
 
 
-def best_of(function, repeats: int) -> float:
-    """Seconds of the fastest call."""
-    times = []
+def best_of(functions: dict, repeats: int) -> dict[str, float]:
+    """Seconds of each one's fastest call; they take turns, as machines have slow minutes."""
+    times = {name: [] for name in functions}
     for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return {name: min(values) for name, values in times.items()}
 
 
 def report(name: str, rows: list[dict]) -> None:
@@ -105,21 +106,31 @@ def speed(ttt_lm: str | None) -> None:
         # one batched product: all heads' k W of one mini-batch, as often as gives the same FLOPs
         left, right = tokens[0][:, :, :MINI_BATCH].flatten(0, 1).contiguous(), initial[0]
         products = round(flops / (2 * HEADS * MINI_BATCH * HEAD_DIM**2))
-        ours = best_of(lambda: ttt_linear(*tokens, *parameters, state), 5)  # noqa: B023
-        floor = best_of(lambda: [torch.bmm(left, right) for _ in range(products)], 5)  # noqa: B023
-        row = {"T": length, "seconds": ours, "products of equal FLOPs": floor, "ours / products": ours / floor}
+        functions = {
+            "seconds": lambda: ttt_linear(*tokens, *parameters, state),  # noqa: B023
+            "products of equal FLOPs": lambda: [torch.bmm(left, right) for _ in range(products)],  # noqa: B023
+        }
         if ttt_lm:
-            theirs = ttt_lm_inner_loop(ttt_lm, tokens, parameters, initial)
+            functions["ttt-lm-pytorch"] = theirs = ttt_lm_inner_loop(ttt_lm, tokens, parameters, initial)
             o = ttt_linear(*tokens, *parameters, state)[0].transpose(1, 2).flatten(2)
-            row["max difference"] = (theirs() - o).abs().max().item()
-            row["ttt-lm-pytorch"] = best_of(theirs, 3)
-            row["ttt-lm-pytorch / ours"] = row["ttt-lm-pytorch"] / ours
+            difference = (theirs() - o).abs().max().item()
+        row = {"T": length, **best_of(functions, 10)}
+        row["ours / products"] = row["seconds"] / row["products of equal FLOPs"]
+        if ttt_lm:
+            row["ttt-lm-pytorch / ours"] = row["ttt-lm-pytorch"] / row["seconds"]
+            row["ttt-lm-pytorch / products"] = row["ttt-lm-pytorch"] / row["products of equal FLOPs"]
+            row["max difference"] = difference
         rows.append(row)
     one = [x[:, :, :1] for x in tokens]
     _, state = ttt_linear(*(x[:, :, :100] for x in tokens), *parameters, state)
-    decode = best_of(lambda: ttt_linear(*one, *parameters, state), 100)
-    read = best_of(lambda: torch.bmm(one[0].flatten(0, 1), state.W1.flatten(0, 1)), 100)
-    rows = [{**row, "decode, seconds": decode, "q W, reading the state": read} for row in rows]
+    decode = best_of(
+        {
+            "decode, seconds": lambda: ttt_linear(*one, *parameters, state),
+            "q W, reading the state": lambda: torch.bmm(one[0].flatten(0, 1), state.W1.flatten(0, 1)),
+        },
+        100,
+    )
+    rows = [row | decode for row in rows]
     report("speed", rows)
 
 
