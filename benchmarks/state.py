@@ -172,8 +172,8 @@ def conversation() -> None:
                 position = cache.get_seq_length()
                 if position in (4096, 16384, 65536):
                     token = torch.randint(0, 256, (1, 1))
-                    step = {"step": lambda: model(token, past_key_values=cache)}  # noqa: B023
-                    times = sorted(best_of(step, 1)["step"] for _ in range(31))
+                    one = {"token": lambda: model(token, past_key_values=cache)}  # noqa: B023
+                    times = sorted(best_of(one, 1)["token"] for _ in range(31))
                     size = bytes_of(cache)
                     rows.append({"attention": name, "T": position, "bytes": size, "ms per token": 1e3 * times[15]})
                     if position < 65536:  # back to a multiple, for the next lines to be at round positions
