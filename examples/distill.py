@@ -18,7 +18,6 @@ Everything runs on one device, where the parent shares the graft's weights. Of L
 billion parameters are trained, which take 9 GB with their gradients and Adam's moments beside the 19 GB of the model.
 """
 
-import sys
 from dataclasses import dataclass
 
 import finetune
@@ -26,9 +25,7 @@ from finetune import StageArguments, StageTrainer
 from transformers import TrainingArguments, set_seed
 
 from ttt_omni import TTTOmniForCausalLM, ttt_lora_config
-from ttt_omni.conversion import ConversionError
 from ttt_omni.training import (
-    ManifestError,
     layer_matching_loss,
     logit_matching_loss,
     make_parent,
@@ -114,13 +111,4 @@ def train(stage: DistillationArguments, arguments: TrainingArguments) -> Distill
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    try:
-        stage_arguments = read_arguments(*sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"distill.py: {error}")
-    try:
-        train(*stage_arguments)
-    except (ConversionError, ManifestError) as error:
-        sys.exit(f"distill.py: {error}")
+    finetune.main(__doc__, read_arguments, train)

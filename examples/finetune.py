@@ -14,6 +14,7 @@ checkpoint after an interruption. The adapter and its card end up in `output_dir
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM, TTTOmniProcessor, ttt_lora_config
+from ttt_omni.conversion import ConversionError
 from ttt_omni.training import ConversationCollator, ConversationDataset, ManifestError, write_adapter_card
 from ttt_omni.training.truncation import find_pieces, take_pieces
 
@@ -224,14 +226,20 @@ def train(stage: StageArguments, arguments: TrainingArguments) -> StageTrainer:
     return run(StageTrainer(model, arguments, stage=stage, **data))
 
 
-if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
+def main(doc: str, read_arguments: Callable, train: Callable) -> None:
+    """A stage as a program, which ends with one line where its arguments or files will not do."""
+    program, *arguments = sys.argv
+    if not arguments:
+        sys.exit(doc)
     try:
-        stage_arguments = read_arguments(*sys.argv[1:])
+        stage_arguments = read_arguments(*arguments)
     except (ValueError, OSError) as error:
-        sys.exit(f"finetune.py: {error}")
+        sys.exit(f"{Path(program).name}: {error}")
     try:
         train(*stage_arguments)
-    except ManifestError as error:
-        sys.exit(f"finetune.py: {error}")
+    except (ConversionError, ManifestError) as error:
+        sys.exit(f"{Path(program).name}: {error}")
+
+
+if __name__ == "__main__":
+    main(__doc__, read_arguments, train)
