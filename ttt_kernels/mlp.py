@@ -2,6 +2,7 @@
 """TTT-MLP as PyTorch ops: prefill with its gradient, and one step of decoding."""
 
 import torch
+import triton
 from torch import Tensor
 
 from . import mlp_kernels as kernels
@@ -11,27 +12,28 @@ from .layout import number_of_groups, same_layout
 
 BLOCK = 64  # hidden units at a time
 GROUP = 8  # mini-batches between saved states
+PROGRAMS = 512  # of the outputs in one launch: enough to fill a GPU, few enough for the models that they read
 
 
-def _sizes(q, lr, token_scale, W1, packed):
-    """Arguments that the kernels share, by name."""
-    mini_batch_size = token_scale.shape[0]
-    lr_strides = lr.stride() if lr.shape[2] > 1 else (*lr.stride()[:2], 0)
+def _sizes(q, token_scale, packed):
+    """Arguments that the kernels of a prefill share, by name."""
     return {
         "T": q.shape[2],
         "H": q.shape[1],
-        "groups": _groups(q, W1, token_scale),
         **dict(zip(("stride_b", "stride_h", "stride_t"), q.stride())),
-        **dict(zip(("lr_stride_b", "lr_stride_h", "lr_stride_t"), lr_strides)),
         "PACKED": packed,
-        "M": mini_batch_size,
-        "G": GROUP,
+        "M": token_scale.shape[0],
         "D": q.shape[3],
-        "F": W1.shape[3],
-        "BLOCK": BLOCK,
-        "num_warps": 8 if q.shape[3] == 128 else 4,
+        "F": 4 * q.shape[3],
+        "num_warps": 8 if q.shape[3] >= 64 else 4,
         "num_stages": 1,
     }
+
+
+def _chain_sizes(q, lr, token_scale, W1):
+    """Arguments that the kernels over rows share besides."""
+    lr_strides = dict(zip(("lr_stride_b", "lr_stride_h", "lr_stride_t"), lr.stride()))
+    return {"groups": _groups(q, W1, token_scale), "G": GROUP, **lr_strides}
 
 
 def _groups(q, W1, token_scale):
@@ -79,10 +81,28 @@ def mlp_forward(
     pending_out = [torch.empty_like(x) for x in pending]
     position_out = torch.empty_like(position)
     groups = _allocate_groups(q, model, token_scale, save)
-    kernels.forward[q.shape[1], position.shape[0]](
-        q, k, v, lr, None, *parameters, *pending, position, starts, ends, o, *model, *pending_out, position_out,
-        *groups, SAVE=save, **_sizes(q, lr, token_scale, W1, packed),
-    )  # fmt: skip
+
+    (rows, heads, m, F), D = pending_u1.shape, q.shape[3]
+    mini_batches = triton.cdiv(q.shape[2] + m - 1, m)  # of a row at most
+    together = max(1, min(PROGRAMS // (rows * heads), mini_batches))
+    slots = together + 1  # the chain is one mini-batch ahead of the outputs
+    z1, z2 = W1.new_empty(rows, heads, 2, m, F), W1.new_empty(rows, heads, 2, F // D, m, D)
+    left = [q.new_empty(rows, heads, slots, m, width) for width in (F, F, D)]
+    dtypes = (q.dtype, W1.dtype, q.dtype, W1.dtype)
+    models = [x.new_empty(rows, heads, slots, *x.shape[2:], dtype=dtype) for x, dtype in zip(model, dtypes)]
+    sizes, chain_sizes = _sizes(q, token_scale, packed), _chain_sizes(q, lr, token_scale, W1)
+    done = 0
+    for n in range(mini_batches + 1):
+        kernels.chain_step[F // D, heads, rows](
+            n, k, v, lr, *parameters, *pending, position, starts, ends, *model, *pending_out, position_out,
+            *groups, z1, z2, *left, *models, FIRST=n == 0, SAVE=save, S=slots, **sizes, **chain_sizes,
+        )  # fmt: skip
+        if n - done == together or n == mini_batches > done:
+            kernels.outputs[n - done, heads, rows](
+                done, q, k, *parameters, pending[0], position, starts, ends, o, *left, *models,
+                S=slots, BLOCK=min(BLOCK, F), **sizes,
+            )  # fmt: skip
+            done = n
     return o, *model, *pending_out, position_out, *groups
 
 
@@ -139,7 +159,7 @@ def mlp_backward(
     kernels.backward[heads, rows](
         do, *dpending_out, q, k, v, lr, *parameters, *pending, position.contiguous(), starts, ends,
         W1_group, b1_group, W2_group, b2_group, *states, scratch, *dtokens, dscale, dln, *dmodel, *dpending,
-        **_sizes(q, lr, token_scale, dmodel[0], packed),
+        **_sizes(q, token_scale, packed), **_chain_sizes(q, lr, token_scale, dmodel[0]), BLOCK=BLOCK,
     )  # fmt: skip
     dln = dln.sum(0)
     return *dtokens, dscale.sum((0, 1)), dln[:, 0].clone(), dln[:, 1].clone(), *dmodel, *dpending
@@ -202,10 +222,12 @@ def mlp_decode(
     """The output and the next position; the rest of the state is updated in place."""
     q, k, v = same_layout(q, k, v)
     o, position_out = torch.empty_like(q), torch.empty_like(position)
-    model, pending = (W1, b1, W2, b2), (pending_k, pending_u1, pending_x2, pending_u2)
-    kernels.forward[q.shape[1], q.shape[0]](
-        q, k, v, lr, attention_mask, token_scale, ln_weight, ln_bias, *pending, position, None, None, o,
-        *model, *pending, position_out, *model, SAVE=False, **_sizes(q, lr, token_scale, W1, False),
+    y1 = W1.new_empty(q.shape[0], q.shape[1], 2, W1.shape[3])
+    kernels.decode[q.shape[1], q.shape[0]](
+        q, k, v, lr, attention_mask, token_scale, ln_weight, ln_bias, W1, b1, W2, b2,
+        pending_k, pending_u1, pending_x2, pending_u2, position, o, position_out, y1,
+        q.shape[1], *q.stride()[:2], *lr.stride()[:2],
+        M=token_scale.shape[0], D=q.shape[3], F=W1.shape[3], BLOCK=BLOCK // 2, num_warps=8,
     )  # fmt: skip
     return o, position_out
 
