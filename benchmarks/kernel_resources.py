@@ -6,8 +6,9 @@ What the TTT kernels take of a Hopper GPU, without one: Triton compiles them for
 
 The ops run on CPU tensors, laid out as a model's are, and each kernel is compiled where it would be launched: with the
 arguments and options of the launch, specialised by Triton itself. A kernel stands in the first pass that launches it,
-once for each specialisation. Spills are the bytes of a thread's stack; the columns from "loop" on are of the largest
-loop: its instructions, and how many of them read spilled registers (LDL), write them (STL) or are barriers (BAR).
+once for each specialisation. Spills are the bytes of a thread's stack; "loop" counts the instructions of the largest
+loop, the columns behind it those there (in the whole, where there is no loop) that read spilled registers (LDL), write
+them (STL) or are barriers (BAR).
 Results go to benchmarks/results/kernel_resources.json.
 """
 
@@ -47,8 +48,8 @@ def main() -> None:
     """Compile, print and store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layer", choices=("linear", "mlp"), nargs="+", default=["linear", "mlp"])
-    parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--mini-batch", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--head-dim", type=int, choices=(16, 32, 64, 128), nargs="+", default=[64, 128])
+    parser.add_argument("--mini-batch", type=int, choices=(16, 32, 64), nargs="+", default=[16, 64])
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), nargs="+",
                         help="default: bfloat16, and float32 at the largest sizes")  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "kernel_resources.json")
@@ -77,6 +78,7 @@ def main() -> None:
         "settings": {"batch": 1, "heads": HEADS, "length": LENGTH},
         "rows": rows,
     }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     temporary = args.output.with_suffix(".tmp")
     temporary.write_text(json.dumps(report, indent=1) + "\n")
     temporary.rename(args.output)
@@ -125,6 +127,7 @@ def resources(kernel) -> dict:
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     code = {int(address, 16): x for address, x in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", text) if x != "NOP"}
     loop = largest_loop(code)
+    body = loop or code.values()
     return {
         "kernel": kernel.name,
         "warps": kernel.metadata.num_warps,
@@ -133,7 +136,7 @@ def resources(kernel) -> dict:
         "shared": kernel.metadata.shared,
         "instructions": len(code),
         "loop": len(loop),
-        **{name: sum(bool(re.search(rf"\b{name}\b", x)) for x in loop) for name in ("LDL", "STL", "BAR")},
+        **{name: sum(bool(re.search(rf"\b{name}\b", x)) for x in body) for name in ("LDL", "STL", "BAR")},
     }
 
 
