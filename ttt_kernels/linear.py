@@ -115,7 +115,7 @@ def _allocate_backward(q, lr, ln_weight, W1_group, pending_k, starts, packed, to
         like(q), like(q), like(q), like(lr),
         torch.empty_like(token_scale), torch.empty_like(ln_weight), torch.empty_like(ln_weight),
         pending_k.new_empty(rows, heads, head_dim, head_dim), pending_k.new_empty(rows, heads, 1, head_dim),
-        state, torch.empty_like(state),
+        state, torch.zeros_like(state),
     )  # fmt: skip
 
 
@@ -153,7 +153,9 @@ def linear_backward(
     dq, dk, dv, dlr, dscale, dln_weight, dln_bias, dW1, db1, dpending_k, dpending_u1 = grads
     sizes = _sizes(q, scale, position, packed)
     groups, heads, head_dim = sizes["groups"], sizes["H"], sizes["D"]
-    dz_q, du1, x, e, dz, de = (_workspace(q, groups, GROUP, head_dim) for _ in range(6))
+    dz_q, x, g, dz = (_workspace(q, groups, GROUP, head_dim) for _ in range(4))
+    du1 = _workspace(q, groups, GROUP, head_dim, dtype=torch.float32)  # float32: its rounding is dlr's largest error
+    db_q = _workspace(q, groups, sizes["G"], head_dim, dtype=torch.float32)
     statistics = _workspace(q, groups, GROUP, 5, dtype=torch.float32)
     dW1_group, db1_group = torch.empty_like(W1_group), torch.empty_like(b1_group)
     blocks = groups * GROUP // BLOCK
@@ -162,19 +164,20 @@ def linear_backward(
     dln_parts = scale.new_zeros(2, blocks, heads, 2, head_dim)
 
     kernels.before_chain_backward[blocks, heads](
-        q, k, v, *inputs, starts, ends, u1, W1_group, b1_group, do,
-        dz_q, du1, x, e, statistics, dscale_parts, dln_parts[0],
-        **sizes, **_block_sizes(position), **LAUNCH_BLOCKS,
+        q, k, v, lr, *inputs, starts, ends, u1, W1_group, b1_group, do, dpending_u1_out,
+        dz_q, db_q, du1, x, g, statistics, dscale_parts, dln_parts[0],
+        **sizes, **_chain_sizes(lr), **_block_sizes(position), **LAUNCH_BLOCKS,
     )  # fmt: skip
     kernels.chain_backward[heads, position.shape[0]](
-        q, k, lr, scale, ln_weight, pending_k, position, starts, ends, dz_q, du1, x, e, statistics,
-        dW1_out, db1_out, dpending_u1_out, dz, de, dlr, dW1_group, db1_group, dW1, db1, dpending_u1,
-        **sizes, **_chain_sizes(lr), **_launch(q),
+        q, k, scale, ln_weight, pending_k, position, starts, ends, dz_q, db_q, du1, x, g, statistics, dW1_out, db1_out,
+        dz, dW1_group, db1_group, dW1, db1, dpending_u1,
+        **sizes, **_launch(q),
     )  # fmt: skip
     kernels.after_chain_backward[blocks, heads](
-        q, k, v, *inputs, starts, ends, u1, W1_group, do, dz_q, x, dz, de, dW1_group, db1_group, dpending_k_out,
-        dq, dk, dv, dpending_k, dlast_scale_parts, dln_parts[1],
-        **sizes, **_block_sizes(position), **LAUNCH_BLOCKS,
+        q, k, v, lr, *inputs, starts, ends, u1, W1_group, do,
+        dz_q, x, statistics, dz, du1, dW1_group, db1_group, dpending_k_out,
+        dq, dk, dv, dlr, dpending_k, dlast_scale_parts, dln_parts[1],
+        **sizes, **_chain_sizes(lr), **_block_sizes(position), **LAUNCH_BLOCKS,
     )  # fmt: skip
     dscale.copy_(dscale_parts.view(-1, scale.shape[0]).sum(0))
     dscale[-1] += dlast_scale_parts.sum()

@@ -183,15 +183,18 @@ def outputs(
 
 @triton.jit
 def before_chain_backward(
-    q, k, v, scale, ln_weight, ln_bias, pending_k, position, starts, ends, u1, W1_group, b1_group, do,
-    dz_q, du1, x, e, statistics, dscale, dln,
-    T, H, groups, stride_b, stride_h, stride_t,
+    q, k, v, lr, scale, ln_weight, ln_bias, pending_k, position, starts, ends, u1, W1_group, b1_group,
+    do, dpending_u1_out,
+    dz_q, db_q, du1, x, g, statistics, dscale, dln,
+    T, H, groups, stride_b, stride_h, stride_t, lr_stride_b, lr_stride_h, lr_stride_t,
     PACKED: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     R: tl.constexpr, R_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """
-    The gradient of each token's read z_q, its part that goes to the u of the same mini-batch, and what the chain needs
-    of each inner gradient: x = LN(z), e = (LN(z) w + bias - target) w, and 5 numbers per token.
+    The gradient of each token's read z_q and its sum over each mini-batch; du1, the part of it that goes to the u of
+    the same mini-batch; and what the chain needs of each inner gradient u = lr / std g: x = LN(z), g, which is
+    e = (LN(z) w + bias - target) w less its projections on 1 and x, and 5 numbers per token. All slots of a block are
+    written, so that the chain need not mask what it loads.
     """
     head = tl.program_id(1)
     group, block = tl.program_id(0) // (G * M // BLOCK), tl.program_id(0) % (G * M // BLOCK)
@@ -236,18 +239,25 @@ def before_chain_backward(
     tl.store(dln + part * 2 * D + D + d, tl.sum(do_i, axis=0))
     do_i *= w
     dz_i = do_i - (tl.sum(do_i, axis=1) / D)[:, None] - x_q * (tl.sum(do_i * x_q, axis=1) / D)[:, None]
-    dz_i = (dz_i * rstd[:, None]).to(q_i.dtype)
-    store_rows(dz_q + workspace * D, D, slots, slots < end, dz_i, D)
+    dz_i *= rstd[:, None]
+    rows = tl.arange(0, BLOCK)[:, None] * D + d[None, :]
+    own = (workspace + slot + block * BLOCK) * D
+    tl.store(dz_q + own + rows, dz_i.to(dz_q.dtype.element_ty))
+    mini_batches = slot // M + block * (BLOCK // M) + tl.arange(0, BLOCK // M)
+    db_i = tl.sum(tl.reshape(dz_i, [BLOCK // M, M, D]), axis=1)
+    tl.store(db_q + workspace // M * D + mini_batches[:, None] * D + d[None, :], db_i)
 
     u_i = load_rows(u1, D, slots, slots < end, D)
     attention = dot(q_i, tl.trans(k_i), tl.zeros([BLOCK, BLOCK], tl.float32)) + 1
     same = (slots[:, None] // M == slots[None, :] // M) & (slots[None, :] <= slots[:, None])
     attention = tl.where(same, attention, 0.0)
-    dattention = dot(dz_i, tl.trans(u_i), tl.zeros([BLOCK, BLOCK], tl.float32))
-    tl.store(dscale + part * BLOCK + tl.arange(0, BLOCK), -tl.sum(attention * dattention, axis=1))
+    read = dot(attention.to(u_i.dtype), u_i, tl.zeros([BLOCK, D], tl.float32))
+    tl.store(dscale + part * BLOCK + tl.arange(0, BLOCK), -tl.sum(read * dz_i, axis=1))
     attention *= -tl.load(scale + slots % M)[:, None]
-    du = dot(tl.trans(attention.to(dz_i.dtype)), dz_i, tl.zeros([BLOCK, D], tl.float32))
-    store_rows(du1 + workspace * D, D, slots, slots < end, du, D)
+    kept = (slots // M * M + M > end) & (slots < end)
+    du = load_rows(dpending_u1_out + (row * H + head) * M * D, D, slots % M, kept, D)
+    du = dot(tl.trans(attention.to(q_i.dtype)), dz_i.to(q_i.dtype), du)
+    tl.store(du1 + own + rows, du.to(du1.dtype.element_ty))
 
     z = dot(k_i, tl.load(W1_group + matrix(D, D)), tl.zeros([BLOCK, D], tl.float32) + tl.load(b1_group + d)[None, :])
     last_scale = tl.load(scale + M - 1)
@@ -263,133 +273,130 @@ def before_chain_backward(
     w2 = w * w
     v_i = load_rows(v, stride_t, slots, valid, D).to(tl.float32)
     e_i = w2 * x_i + (bias - v_i + k_i.to(tl.float32)) * w
-    store_rows(x + workspace * D, D, slots, slots < end, x_i, D)
-    store_rows(e + workspace * D, D, slots, slots < end, e_i, D)
+    mean_ex = tl.sum(e_i * x_i, axis=1) / D
+    g_i = e_i - (tl.sum(e_i, axis=1) / D)[:, None] - mean_ex[:, None] * x_i
+    tl.store(x + own + rows, x_i.to(x.dtype.element_ty))
+    tl.store(g + own + rows, g_i.to(g.dtype.element_ty))
+    lr += row * (1 - PACKED) * lr_stride_b + head * lr_stride_h + (first - taken).to(tl.int64) * lr_stride_t
+    lr_i = tl.load(lr + slots * lr_stride_t, mask=valid, other=0.0).to(tl.float32)
     statistics += (workspace + slots) * 5
-    tl.store(statistics, rstd, mask=slots < end)
-    tl.store(statistics + 1, tl.sum(e_i, axis=1) / D, mask=slots < end)
-    tl.store(statistics + 2, tl.sum(e_i * x_i, axis=1) / D, mask=slots < end)
-    tl.store(statistics + 3, tl.sum(w2 * x_i, axis=1) / D, mask=slots < end)
-    tl.store(statistics + 4, tl.sum(w2 * x_i * x_i, axis=1) / D, mask=slots < end)
+    tl.store(statistics, lr_i * rstd * rstd)
+    tl.store(statistics + 1, mean_ex)
+    tl.store(statistics + 2, tl.sum(w2 * x_i, axis=1) / D)
+    tl.store(statistics + 3, tl.sum(w2 * x_i * x_i, axis=1) / D)
+    tl.store(statistics + 4, rstd)
 
 
 @triton.jit
-def inner_grad_backward(du, x, e, w2, mean_w2, lr, rstd, mean_e, mean_ex, mean_w2x, mean_w2xx, D: tl.constexpr):
-    """Gradients of u = `inner_grad` with respect to z, e and lr."""
-    mean, mean_x, mean_g, mean_w, mean_wx = row_means(du, du * x, du * e, w2 * du, w2 * du * x, D)
-    mean_g -= mean_e * mean + mean_ex * mean_x
-    mean_w -= mean_w2 * mean + mean_w2x * mean_x
-    mean_wx -= mean_w2x * mean + mean_w2xx * mean_x
+def inner_grad_backward(du, x, g, statistics, w2, mean_w2, D: tl.constexpr):
+    """Gradient of u = `inner_grad` with respect to z, and with respect to e but for the factor lr / std."""
+    mean, mean_x, mean_g, mean_w, mean_wx = row_means(du, du * x, du * g, w2 * du, w2 * du * x, D)
+    scale, mean_ex = tl.load(statistics), tl.load(statistics + 1)
+    mean_w2x, mean_w2xx = tl.load(statistics + 2), tl.load(statistics + 3)
+    mean_dx = mean_w - (mean_w2 + mean_ex) * mean - mean_w2x * mean_x
+    mean_dxx = mean_wx - mean_w2x * mean - (mean_w2xx + mean_ex) * mean_x + mean_g
     de = du - mean[:, None] - mean_x[:, None] * x
-    mean_dx = mean_w - mean_ex * mean - mean_e * mean_x
-    mean_dxx = mean_wx - 2 * mean_ex * mean_x + mean_g
-    dz = w2 * de - mean_ex[:, None] * du - mean_x[:, None] * e - mean_dx[:, None] - mean_dxx[:, None] * x
-    scale = lr * rstd
-    return (scale * rstd)[:, None] * dz, scale[:, None] * de, rstd * mean_g * D
+    dz = w2 * de - mean_dx[:, None] - mean_ex[:, None] * du - mean_x[:, None] * g - mean_dxx[:, None] * x
+    return scale[:, None] * dz, de
+
+
+@triton.jit
+def add_mini_batch(dW, db_rows, k, q, dz, dz_q, db_q):
+    """The gradient of the model before a mini-batch, from that after it and those of the mini-batch's z and z_q."""
+    dW = dot(tl.trans(k), dz, dW)
+    dW = dot(tl.trans(q), dz_q, dW)
+    ones = tl.full([dz.shape[0], dz.shape[0]], 1, dz.dtype)
+    return dW, dot(ones, dz, db_rows + db_q[None, :])
 
 
 @triton.jit
 def chain_backward(
-    q, k, lr, scale, ln_weight, pending_k, position, starts, ends, dz_q, du1, x, e, statistics,
-    dW1_out, db1_out, dpending_u1_out,
-    dz, de, dlr, dW1_group, db1_group, dW1, db1, dpending_u1,
-    T, H, groups, stride_b, stride_h, stride_t, lr_stride_b, lr_stride_h, lr_stride_t,
+    q, k, scale, ln_weight, pending_k, position, starts, ends, dz_q, db_q, du1, x, g, statistics, dW1_out, db1_out,
+    dz, dW1_group, db1_group, dW1, db1, dpending_u1,
+    T, H, groups, stride_b, stride_h, stride_t,
     PACKED: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """The chain of the gradients of the states, from the last mini-batch to the first."""
+    """
+    The chain of the gradients of the states, from the last mini-batch to the first.
+
+    It writes de over du1: a row's de takes a mean over all of the row's du1, which has then been read.
+    """
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first, taken, end, group = span(row, position, starts, ends, T, PACKED, M, G * M)
     batch = row * (1 - PACKED)
     q += batch * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
     k += batch * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
-    lr += batch * lr_stride_b + head * lr_stride_h + (first - taken).to(tl.int64) * lr_stride_t
-    dlr += batch * lr_stride_b + head * lr_stride_h + (first - taken).to(tl.int64) * lr_stride_t
-    workspace = (head.to(tl.int64) * groups + group) * G * M
-    dz_q += workspace * D
-    du1 += workspace * D
-    x += workspace * D
-    e += workspace * D
-    dz += workspace * D
-    de += workspace * D
-    statistics += workspace * 5
+    workspace = (head.to(tl.int64) * groups + group) * G
+    dz_q += workspace * M * D
+    db_q += workspace * D
+    du1 += workspace * M * D
+    x += workspace * M * D
+    g += workspace * M * D
+    dz += workspace * M * D
+    statistics += workspace * M * 5
     dW1_group += (head.to(tl.int64) * groups + group) * D * D
     db1_group += (head.to(tl.int64) * groups + group) * D
     state = row * H + head
     d = tl.arange(0, D)
+    slots = tl.arange(0, M)
     w = tl.load(ln_weight + head * D + d)[None, :]
     w2 = w * w
     mean_w2 = tl.sum(w2, axis=1) / D
     last_scale = tl.load(scale + M - 1)
-    last = tl.maximum(tl.cdiv(end, M) - 1, 0)
+    last = tl.cdiv(end, M) - 1
 
     dW = tl.load(dW1_out + state * D * D + matrix(D, D))
-    db = tl.load(db1_out + state * D + d)
+    db_rows = tl.zeros([M, D], tl.float32) + tl.load(db1_out + state * D + d)[None, :]
     dz_n = tl.zeros([M, D], k.dtype.element_ty)
-    db_rows = tl.zeros([M, D], tl.float32) + db[None, :]
-    ones = tl.full([M, M], 1, k.dtype.element_ty)
     db_pointers = tl.arange(0, M)[:, None] * 0 + d[None, :]
     first_row = (tl.arange(0, M) == 0)[:, None]
     for i in tl.range(0, last + 1, disable_licm=True):
         n = last - i
-        slots = n * M + tl.arange(0, M)
-        exists = slots < end
-        valid = (slots >= taken) & exists
-        du = load_rows(du1, D, slots, exists, D).to(tl.float32)
-        x_n = load_rows(x, D, slots, exists, D)
-        e_n = load_rows(e, D, slots, exists, D)
-        lr_n = tl.load(lr + slots * lr_stride_t, mask=valid, other=0.0).to(tl.float32)
-        rstd = tl.load(statistics + slots * 5, mask=exists, other=0.0)
-        mean_e = tl.load(statistics + slots * 5 + 1, mask=exists, other=0.0)
-        mean_ex = tl.load(statistics + slots * 5 + 2, mask=exists, other=0.0)
-        mean_w2x = tl.load(statistics + slots * 5 + 3, mask=exists, other=0.0)
-        mean_w2xx = tl.load(statistics + slots * 5 + 4, mask=exists, other=0.0)
-        k_n = load_rows(k, stride_t, slots, valid, D)
+        at = n * M * D + matrix(M, D)
+        du = tl.load(du1 + at)
+        x_n = tl.load(x + at).to(tl.float32)
+        g_n = tl.load(g + at).to(tl.float32)
+        now = n * M + slots
+        k_n = load_rows(k, stride_t, now, (now >= taken) & (now < end), D)
         if n == 0:
             k_n += load_rows(pending_k + state * M * D, D, slots, slots < taken, D).to(k_n.dtype)
-        if n * M + M > end:
-            du += tl.load(dpending_u1_out + state * M * D + matrix(M, D))
 
         # The gradient that the mini-batch after this one has left; at the start of the turn as in `chain_forward`.
-        after = n * M + M + tl.arange(0, M)
+        after = now + M
+        k_after = load_rows(k, stride_t, after, after < end, D)
+        q_after = load_rows(q, stride_t, after, after < end, D)
         dz_q_n = load_rows(dz_q, D, after, after < end, D)
-        dW = dot(tl.trans(load_rows(k, stride_t, after, after < end, D)), dz_n, dW)
-        dW = dot(tl.trans(load_rows(q, stride_t, after, after < end, D)), dz_q_n, dW)
-        db_rows = dot(ones, dz_n, db_rows)
-        db_rows = dot(ones, dz_q_n, db_rows)
+        db_q_n = tl.load(db_q + (n + 1) * D + d, mask=d < (last - n) * D, other=0.0)
+        dW, db_rows = add_mini_batch(dW, db_rows, k_after, q_after, dz_n, dz_q_n, db_q_n)
+        dW_n = dW.to(k_n.dtype)
         if (n % G == G - 1) | (n == last):
-            tl.store(dW1_group + (n // G) * D * D + matrix(D, D), dW.to(dW1_group.dtype.element_ty))
+            tl.store(dW1_group + (n // G) * D * D + matrix(D, D), dW_n)
             tl.store(db1_group + (n // G) * D + db_pointers, db_rows, mask=first_row)
 
         complete = (n * M + M <= end).to(tl.float32)
-        ku = dot(k_n, dW.to(k_n.dtype), tl.zeros([M, D], tl.float32)) + db_rows
-        du -= last_scale * complete * ku
+        du -= last_scale * complete * (dot(k_n, dW_n, tl.zeros([M, D], tl.float32)) + db_rows)
         if n == 0:
-            tl.store(dpending_u1 + state * M * D + matrix(M, D), tl.where((slots < taken)[:, None], du, 0.0))
-        dz_i, de_i, dlr_i = inner_grad_backward(
-            du, x_n.to(tl.float32), e_n.to(tl.float32), w2, mean_w2, lr_n,
-            rstd, mean_e, mean_ex, mean_w2x, mean_w2xx, D,
-        )  # fmt: skip
+            store_rows(dpending_u1 + state * M * D, D, slots, slots < taken, du, D)
+        dz_i, de_i = inner_grad_backward(du, x_n, g_n, statistics + now * 5, w2, mean_w2, D)
         dz_n = dz_i.to(k_n.dtype)
-        store_rows(dz, D, slots, exists, dz_n, D)
-        store_rows(de, D, slots, exists, de_i, D)
-        tl.store(dlr + slots * lr_stride_t, dlr_i.to(dlr.dtype.element_ty), mask=valid)
-    slots = tl.arange(0, M)
+        tl.store(dz + at, dz_n)
+        tl.store(du1 + at, de_i)
     valid = (slots >= taken) & (slots < end)
+    k_n = load_rows(k, stride_t, slots, valid, D)
+    q_n = load_rows(q, stride_t, slots, valid, D)
     dz_q_n = load_rows(dz_q, D, slots, slots < end, D)
-    dW = dot(tl.trans(load_rows(k, stride_t, slots, valid, D)), dz_n, dW)
-    dW = dot(tl.trans(load_rows(q, stride_t, slots, valid, D)), dz_q_n, dW)
-    db_rows = dot(ones, dz_n, db_rows)
-    db_rows = dot(ones, dz_q_n, db_rows)
+    db_q_n = tl.load(db_q + d, mask=d < end * D, other=0.0)
+    dW, db_rows = add_mini_batch(dW, db_rows, k_n, q_n, dz_n, dz_q_n, db_q_n)
     tl.store(dW1 + state * D * D + matrix(D, D), dW)
     tl.store(db1 + state * D + db_pointers, db_rows, mask=first_row)
 
 
 @triton.jit
 def after_chain_backward(
-    q, k, v, scale, ln_weight, ln_bias, pending_k, position, starts, ends, u1, W1_group, do,
-    dz_q, x, dz, de, dW1_group, db1_group, dpending_k_out,
-    dq, dk, dv, dpending_k, dlast_scale, dln,
-    T, H, groups, stride_b, stride_h, stride_t,
+    q, k, v, lr, scale, ln_weight, ln_bias, pending_k, position, starts, ends, u1, W1_group, do,
+    dz_q, x, statistics, dz, de, dW1_group, db1_group, dpending_k_out,
+    dq, dk, dv, dlr, dpending_k, dlast_scale, dln,
+    T, H, groups, stride_b, stride_h, stride_t, lr_stride_b, lr_stride_h, lr_stride_t,
     PACKED: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     R: tl.constexpr, R_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -423,10 +430,17 @@ def after_chain_backward(
 
     w = tl.load(ln_weight + head * D + d)[None, :]
     bias = tl.load(ln_bias + head * D + d)[None, :]
-    de_i = load_rows(de + workspace * D, D, slots, exists, D).to(tl.float32)
     x_i = load_rows(x + workspace * D, D, slots, exists, D).to(tl.float32)
     v_i = load_rows(v + token, stride_t, slots, valid, D).to(tl.float32)
-    tl.store(dln + part * 2 * D + d, tl.sum(de_i * (2 * w * x_i + bias - v_i + k_i.to(tl.float32)), axis=0))
+    target_i = v_i - k_i.to(tl.float32)
+    de_i = load_rows(de + workspace * D, D, slots, exists, D)
+    rstd = tl.load(statistics + (workspace + slots) * 5 + 4, mask=exists, other=0.0)
+    lr_token = row * (1 - PACKED) * lr_stride_b + head * lr_stride_h + (first - taken).to(tl.int64) * lr_stride_t
+    lr_i = tl.load(lr + lr_token + slots * lr_stride_t, mask=valid, other=0.0).to(tl.float32)
+    dlr_i = rstd * tl.sum(de_i * (w * x_i + bias - target_i) * w, axis=1)
+    tl.store(dlr + lr_token + slots * lr_stride_t, dlr_i.to(dlr.dtype.element_ty), mask=valid)
+    de_i *= (lr_i * rstd)[:, None]
+    tl.store(dln + part * 2 * D + d, tl.sum(de_i * (2 * w * x_i + bias - target_i), axis=0))
     de_i *= w
     tl.store(dln + part * 2 * D + D + d, tl.sum(de_i, axis=0))
     store_rows(dv + token, stride_t, slots, valid, -de_i, D)
