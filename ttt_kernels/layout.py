@@ -46,3 +46,12 @@ def has_holes(attention_mask: torch.Tensor) -> torch.Tensor:
 def number_of_groups(q: torch.Tensor, rows: int, mini_batch_size: int, group: int) -> int:
     """An upper bound on the groups (of `group` slots) of all rows, whatever their lengths; `span` counts them so."""
     return (q.shape[0] * q.shape[2] + rows * (mini_batch_size - 1)) // group + rows
+
+
+def first_groups(
+    starts: torch.Tensor | None, q: torch.Tensor, rows: int, mini_batch_size: int, group: int
+) -> torch.Tensor:
+    """The first group of each row `[rows]`, as `span` counts them; `starts` of packed rows, else None."""
+    row = torch.arange(rows, device=q.device)
+    bound = row * q.shape[2] if starts is None else starts
+    return (bound + row * (mini_batch_size - 1)) // group + row

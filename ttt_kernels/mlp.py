@@ -7,10 +7,10 @@ from torch import Tensor
 
 from . import mlp_kernels as kernels
 from ._ops import add_op_namespace_prefix
-from .layout import number_of_groups, same_layout
+from .layout import first_groups, number_of_groups, same_layout
 
 
-BLOCK = 64  # hidden units at a time
+BLOCK = 32  # hidden units at a time
 GROUP = 8  # mini-batches between saved states
 PROGRAMS = 512  # of the outputs in one launch: enough to fill a GPU, few enough for the models that they read
 
@@ -30,14 +30,30 @@ def _sizes(q, token_scale, packed):
     }
 
 
-def _chain_sizes(q, lr, token_scale, W1):
+def _chain_sizes(lr):
     """Arguments that the kernels over rows share besides."""
     lr_strides = dict(zip(("lr_stride_b", "lr_stride_h", "lr_stride_t"), lr.stride()))
-    return {"groups": _groups(q, W1, token_scale), "G": GROUP, **lr_strides}
+    return {"G": GROUP, **lr_strides}
 
 
 def _groups(q, W1, token_scale):
     return number_of_groups(q, W1.shape[0], token_scale.shape[0], GROUP * token_scale.shape[0])
+
+
+def _mini_batches(q, token_scale, starts, ends, packed):
+    """Of the longest row at most: where its tokens begin anywhere in a mini-batch."""
+    longest = int((ends - starts).max()) if packed else q.shape[2]
+    return triton.cdiv(longest + token_scale.shape[0] - 1, token_scale.shape[0])
+
+
+def _workspace(q, model, m, slots):
+    """What the chain hands on: the parts of z2 to its next launch, the rest (z1; u1, x2, u2; the models) by slot."""
+    (rows, heads, D, F), dtypes = model[0].shape, (q.dtype, model[1].dtype) * 2
+    z2_parts = model[0].new_empty(rows, heads, 2, F // D, m, D)
+    z1 = model[0].new_empty(rows, heads, slots, m, F)
+    left = [q.new_empty(rows, heads, slots, m, width) for width in (F, F, D)]
+    models = [x.new_empty(rows, heads, slots, *x.shape[2:], dtype=dtype) for x, dtype in zip(model, dtypes)]
+    return z2_parts, z1, left, models
 
 
 def _allocate_groups(q, state, token_scale, save):
@@ -83,24 +99,22 @@ def mlp_forward(
     groups = _allocate_groups(q, model, token_scale, save)
 
     (rows, heads, m, F), D = pending_u1.shape, q.shape[3]
-    mini_batches = triton.cdiv(q.shape[2] + m - 1, m)  # of a row at most
+    mini_batches = _mini_batches(q, token_scale, starts, ends, packed)
     together = max(1, min(PROGRAMS // (rows * heads), mini_batches))
     slots = together + 1  # the chain is one mini-batch ahead of the outputs
-    z1, z2 = W1.new_empty(rows, heads, 2, m, F), W1.new_empty(rows, heads, 2, F // D, m, D)
-    left = [q.new_empty(rows, heads, slots, m, width) for width in (F, F, D)]
-    dtypes = (q.dtype, W1.dtype, q.dtype, W1.dtype)
-    models = [x.new_empty(rows, heads, slots, *x.shape[2:], dtype=dtype) for x, dtype in zip(model, dtypes)]
-    sizes, chain_sizes = _sizes(q, token_scale, packed), _chain_sizes(q, lr, token_scale, W1)
+    z2_parts, z1, left, models = _workspace(q, model, m, slots)
+    sizes, chain_sizes = _sizes(q, token_scale, packed), _chain_sizes(lr)
     done = 0
     for n in range(mini_batches + 1):
         kernels.chain_step[F // D, heads, rows](
             n, k, v, lr, *parameters, *pending, position, starts, ends, *model, *pending_out, position_out,
-            *groups, z1, z2, *left, *models, FIRST=n == 0, SAVE=save, S=slots, **sizes, **chain_sizes,
+            *groups, z2_parts, z1, *left, *models, None, None,
+            groups=groups[0].shape[1], FIRST=n == 0, SAVE=save, S=slots, **sizes, **chain_sizes,
         )  # fmt: skip
         if n - done == together or n == mini_batches > done:
             kernels.outputs[n - done, heads, rows](
                 done, q, k, *parameters, pending[0], position, starts, ends, o, *left, *models,
-                S=slots, BLOCK=min(BLOCK, F), **sizes,
+                S=slots, BLOCK=BLOCK, **sizes,
             )  # fmt: skip
             done = n
     return o, *model, *pending_out, position_out, *groups
@@ -144,25 +158,68 @@ def mlp_backward(
     """Gradients of `mlp_forward` with respect to its first 15 inputs, from those of its first 9 outputs."""
     q, k, v, do = same_layout(q, k, v, grads[0])
     lr = lr.contiguous()
-    parameters = [x.contiguous() for x in (token_scale, ln_weight, ln_bias)]
+    scale, ln_weight, ln_bias, position = (x.contiguous() for x in (token_scale, ln_weight, ln_bias, position))
     pending = [x.contiguous() for x in (pending_k, pending_u1, pending_x2, pending_u2)]
     dmodel = [x.clone(memory_format=torch.contiguous_format) for x in grads[1:5]]
     dpending_out = [x.contiguous() for x in grads[5:9]]
     dpending = [torch.zeros_like(x) for x in pending]
     like = torch.zeros_like if starts is not None and not packed else torch.empty_like
     dtokens = [like(q), like(q), like(q), like(lr)]
-    rows, heads, m, width = pending_u1.shape
-    head_dim = q.shape[3]
-    states = [x.new_empty(rows, heads, GROUP + 1, *x.shape[2:]) for x in (W1_group, b1_group, W2_group, b2_group)]
-    scratch = pending_u1.new_empty(rows, heads, 4, m, width)
-    dscale, dln = pending_u1.new_empty(rows, heads, m), pending_u1.new_empty(rows, heads, 2, head_dim)
-    kernels.backward[heads, rows](
-        do, *dpending_out, q, k, v, lr, *parameters, *pending, position.contiguous(), starts, ends,
-        W1_group, b1_group, W2_group, b2_group, *states, scratch, *dtokens, dscale, dln, *dmodel, *dpending,
-        **_sizes(q, token_scale, packed), **_chain_sizes(q, lr, token_scale, dmodel[0]), BLOCK=BLOCK,
-    )  # fmt: skip
-    dln = dln.sum(0)
-    return *dtokens, dscale.sum((0, 1)), dln[:, 0].clone(), dln[:, 1].clone(), *dmodel, *dpending
+    (rows, heads, m, F), D = pending_u1.shape, q.shape[3]
+    dq, dk, dv, dlr = dtokens
+    dpending_k, dpending_u1, dpending_x2, dpending_u2 = dpending
+    dW1, db1, dW2, db2 = dmodel
+    db2_parts = db2.expand(-1, -1, F // D, -1).contiguous()
+
+    slots = GROUP + 1
+    groups = (W1_group, b1_group, W2_group, b2_group)
+    first_group = first_groups(starts if packed else None, q, rows, m, GROUP * m)
+    again = [torch.empty_like(x) for x in (*pending, position)]  # the state at the end, known already
+    by_slot = (rows, heads, slots)
+    z2_parts, z1, left, models = _workspace(q, dmodel, m, slots)
+    u1, x2, u2 = left
+    h, du1, dx2 = (dW1.new_empty(*by_slot, m, F) for _ in range(3))
+    z2, du2, dg2 = (dW1.new_empty(*by_slot, m, D) for _ in range(3))
+    x2_q, dy1 = q.new_empty(*by_slot, m, F), q.new_empty(*by_slot, m, F)
+    dy2 = q.new_empty(*by_slot, m, D)
+    dg2_parts, carried = torch.empty_like(z2_parts), dW1.new_empty(rows, heads, 2, m, F)
+    dh = q.new_empty(rows, heads, 2, m, F)
+    taught, dk_parts = dW1.new_empty(*by_slot, F // D, m, D), dW1.new_empty(*by_slot, F // D + 1, m, D)
+    row_parts, db2_slot = dW1.new_empty(*by_slot, F // D, 2, m), dW1.new_empty(*by_slot, D)
+    dscale, dln = torch.zeros_like(scale), torch.zeros_like(torch.stack((ln_weight, ln_bias), 1))
+    sizes, chain_sizes = _sizes(q, scale, packed), _chain_sizes(lr)
+    for first in reversed(range(0, _mini_batches(q, scale, starts, ends, packed), GROUP)):
+        number = (first_group + first // GROUP).clamp(max=W1_group.shape[1] - 1)
+        model = [x[:, number].transpose(0, 1).contiguous() for x in groups]
+        for n in range(first, first + GROUP + 1):
+            kernels.chain_step[F // D, heads, rows](
+                n, k, v, lr, scale, ln_weight, ln_bias, *pending, position, starts, ends, *model, *again,
+                *groups, z2_parts, z1, *left, *models, h, z2,
+                groups=0, FIRST=n == first, SAVE=False, S=slots, **sizes, **chain_sizes,
+            )  # fmt: skip
+        dscale_parts = scale.new_zeros(2, rows, heads, GROUP, m)
+        dln_parts = scale.new_zeros(2, rows, heads, GROUP, 2, D)
+        kernels.outputs_backward[GROUP, heads, rows](
+            first, do, q, k, scale, ln_weight, pending[0], position, starts, ends, *left, *models,
+            x2_q, dy1, dy2, du1, dx2, du2, dq, dk_parts, dscale_parts[0], dln_parts[0],
+            G=GROUP, S=slots, BLOCK=BLOCK, **sizes,
+        )  # fmt: skip
+        for n in reversed(range(first - 1, first + GROUP)):
+            kernels.chain_step_backward[F // D, heads, rows](
+                n, first, q, k, v, lr, scale, ln_weight, ln_bias, pending[0], position, starts, ends,
+                *dpending_out[1:], z1, *left, models[0], models[2], h, z2,
+                x2_q, dy1, dy2, du1, dx2, du2, dg2_parts, dg2, dh, carried, taught, dk_parts, row_parts,
+                dW1, db1, dW2, db2_parts, db2_slot, dpending_u1, dpending_x2, S=slots, **sizes, **chain_sizes,
+            )  # fmt: skip
+        kernels.tokens_backward[GROUP, heads, rows](
+            first, k, v, lr, scale, ln_weight, ln_bias, pending[0], position, starts, ends,
+            dpending_out[0], dpending_out[3], u2, z2, du2, dg2, taught, dk_parts, row_parts, db2_slot,
+            dk, dv, dlr, dpending_k, dpending_u2, dscale_parts[1], dln_parts[1], S=slots, **sizes, **chain_sizes,
+        )  # fmt: skip
+        dscale += dscale_parts.sum((0, 1, 2, 3))
+        dln += dln_parts.sum((0, 1, 3))
+    db2 = db2_parts[:, :, :1].clone()
+    return *dtokens, dscale, dln[:, 0].clone(), dln[:, 1].clone(), dW1, db1, dW2, db2, *dpending
 
 
 @mlp_backward.register_fake
@@ -227,7 +284,7 @@ def mlp_decode(
         q, k, v, lr, attention_mask, token_scale, ln_weight, ln_bias, W1, b1, W2, b2,
         pending_k, pending_u1, pending_x2, pending_u2, position, o, position_out, y1,
         q.shape[1], *q.stride()[:2], *lr.stride()[:2],
-        M=token_scale.shape[0], D=q.shape[3], F=W1.shape[3], BLOCK=BLOCK // 2, num_warps=8,
+        M=token_scale.shape[0], D=q.shape[3], F=W1.shape[3], BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
     return o, position_out
 

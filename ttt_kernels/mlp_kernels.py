@@ -43,18 +43,6 @@ def tile(rows, stride: tl.constexpr, first, columns: tl.constexpr):
 
 
 @triton.jit
-def hidden(k, W1, b1, pending_x2, slots, is_pending, f, M: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
-           BLOCK: tl.constexpr):  # fmt: skip
-    """Block f of a mini-batch's hidden units: z1, x2 = gelu(z1) or the pending row, gelu'(z1), and the block of W1."""
-    W = tl.load(W1 + tile(tl.arange(0, D), F, f, BLOCK))
-    b = tl.load(b1 + f + tl.arange(0, BLOCK))
-    z1 = dot(k, W.to(k.dtype), tl.zeros([M, BLOCK], tl.float32)) + b[None, :]
-    x2, derivative = gelu(z1)
-    pending = tl.load(pending_x2 + tile(slots, F, f, BLOCK), mask=is_pending[:, None], other=0.0)
-    return z1, tl.where(is_pending[:, None], pending, x2), derivative, W, b
-
-
-@triton.jit
 def output_grad(z2, target, w, bias, D: tl.constexpr):
     """LN(z2), 1 / its standard deviation, e = (LN(z2) w + bias - target) w and its means, and g2."""
     x, rstd = layer_norm(z2, D)
@@ -67,14 +55,14 @@ def output_grad(z2, target, w, bias, D: tl.constexpr):
 def chain_step(
     n, k, v, lr, scale, ln_weight, ln_bias, pending_k, pending_u1, pending_x2, pending_u2, position, starts, ends,
     W1, b1, W2, b2, pending_k_out, pending_u1_out, pending_x2_out, pending_u2_out, position_out,
-    W1_group, b1_group, W2_group, b2_group, z1, z2, u1, x2, u2, W1_slot, b1_slot, W2_slot, b2_slot,
+    W1_group, b1_group, W2_group, b2_group, z2_parts, z1, u1, x2, u2, W1_slot, b1_slot, W2_slot, b2_slot, h, z2,
     T, H, groups, stride_b, stride_h, stride_t, lr_stride_b, lr_stride_h, lr_stride_t,
     FIRST: tl.constexpr, PACKED: tl.constexpr, SAVE: tl.constexpr, M: tl.constexpr, G: tl.constexpr,
     S: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """
     For D of the F hidden units: end mini-batch n - 1 with an update of W1, b1, W2, b2 in place, and begin mini-batch n
-    with these units' part of its z2, which the next launch adds up.
+    with these units' part of its z2, which the next launch adds up. `h` and `z2` are for the backward pass.
     """
     block, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     first, taken, end, group = span(row, position, starts, ends, T, PACKED, M, G * M)
@@ -92,8 +80,7 @@ def chain_step(
     W2 += state * F * D + f * D + matrix(D, D)
     pending_k += state * M * D
     pending_x2 += state * M * F
-    z1 += state * 2 * M * F + rows_f
-    z2 += state * 8 * M * D + rows_d
+    z2_parts += state * 8 * M * D + rows_d
     is_last = n == count
     slot = state * S + n % S
     saved = group + head.to(tl.int64) * groups + n // G
@@ -113,7 +100,7 @@ def chain_step(
         slots = (n - 1) * M + m
         is_pending = (slots < taken)[:, None]
         valid = (slots >= taken) & (slots < end)
-        kept = ((slots < end) & (n * M > end))[:, None]  # the last mini-batch, not complete
+        kept = ((slots < end) & (slots >= end // M * M))[:, None]  # the last mini-batch, not complete
         learned = tl.where(n * M > end, 0.0, -tl.load(scale + M - 1))
         k_n = load_rows(k, stride_t, slots, valid, D)
         if n == 1:
@@ -123,11 +110,16 @@ def chain_step(
         lr_n = tl.load(lr + slots * lr_stride_t, mask=valid, other=0.0).to(tl.float32)
         w, bias = tl.load(ln_weight + head * D + d)[None, :], tl.load(ln_bias + head * D + d)[None, :]
         b_2 = tl.load(b2_slot + before * D + d)
-        parts = z2 + (n - 1) % 2 * 4 * M * D
+        parts = z2_parts + (n - 1) % 2 * 4 * M * D
         z = tl.load(parts) + tl.load(parts + M * D) + tl.load(parts + 2 * M * D) + tl.load(parts + 3 * M * D)
-        x, rstd, e, mean_e, mean_ex, g2 = output_grad(z + b_2[None, :], target, w, bias, D)
+        z += b_2[None, :]
+        x, rstd, e, mean_e, mean_ex, g2 = output_grad(z, target, w, bias, D)
         W_2 = tl.load(W2_slot + before * F * D + f * D + matrix(D, D))
-        h = dot(g2.to(k_n.dtype), tl.trans(W_2), tl.zeros([M, D], tl.float32))
+        h_n = dot(g2.to(k_n.dtype), tl.trans(W_2), tl.zeros([M, D], tl.float32))
+        if h is not None:
+            tl.store(h + before * M * F + rows_f, h_n)
+            if block == 0:
+                tl.store(z2 + before * M * D + rows_d, z)
         u_2 = lr_n[:, None] * g2
         if n == 1:
             u_2 += tl.load(pending_u2 + state * M * D + rows_d, mask=is_pending, other=0.0)
@@ -139,14 +131,14 @@ def chain_step(
         u_2 *= learned
         b_2 += tl.sum(u_2, axis=0)
         u_2 = u_2.to(k_n.dtype)
-        x_2, derivative = gelu(tl.load(z1 + (n - 1) % 2 * M * F))
+        x_2, derivative = gelu(tl.load(z1 + before * M * F + rows_f))
         if n == 1:
             x_2 = tl.where(is_pending, tl.load(pending_x2 + rows_f, mask=is_pending, other=0.0), x_2)
         if is_last:
             tl.store(pending_x2_out + state * M * F + rows_f, tl.where(kept, x_2, 0.0))
         x_2 = x_2.to(k_n.dtype)
         tl.store(x2 + before * M * F + rows_f, x_2)
-        u_1 = lr_n[:, None] * h * derivative
+        u_1 = lr_n[:, None] * h_n * derivative
         if n == 1:
             u_1 += tl.load(pending_u1 + state * M * F + rows_f, mask=is_pending, other=0.0)
         if is_last:
@@ -170,7 +162,7 @@ def chain_step(
     if FIRST:
         k_n += load_rows(pending_k, D, slots, slots < taken, D).to(k_n.dtype)
     z_1 = dot(k_n, W_1.to(k_n.dtype), tl.zeros([M, D], tl.float32)) + b_1[None, :]
-    tl.store(z1 + n % 2 * M * F, z_1)
+    tl.store(z1 + slot * M * F + rows_f, z_1)
     x2_n, _ = gelu(z_1)
     if FIRST:
         is_pending = (slots < taken)[:, None]
@@ -185,7 +177,7 @@ def chain_step(
             tl.store(W2_group + saved * F * D + f * D + matrix(D, D), W_2)
     tl.store(W2_slot + slot * F * D + f * D + matrix(D, D), W_2.to(W2_slot.dtype.element_ty))
     z_2 = dot(x2_n.to(k_n.dtype), W_2.to(k_n.dtype), tl.zeros([M, D], tl.float32))
-    tl.store(z2 + (n % 2 * 4 + block) * M * D, z_2)
+    tl.store(z2_parts + (n % 2 * 4 + block) * M * D, z_2)
     if block == 0:
         tl.store(b2_slot + slot * D + d, b_2)
         if SAVE:
@@ -241,6 +233,305 @@ def outputs(
     x *= tl.load(ln_weight + head * D + d)[None, :]
     x += tl.load(ln_bias + head * D + d)[None, :]
     store_rows(o + token, stride_t, slots, valid, q_n.to(tl.float32) + x, D)
+
+
+@triton.jit(do_not_specialize=["first_n"])
+def outputs_backward(
+    first_n, do, q, k, scale, ln_weight, pending_k, position, starts, ends, u1, x2, u2,
+    W1_slot, b1_slot, W2_slot, b2_slot, x2_q, dy1, dy2, du1, dx2, du2, dq, dk_parts, dscale, dln,
+    T, H, stride_b, stride_h, stride_t,
+    PACKED: tl.constexpr, M: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of the outputs of one mini-batch to those of its queries, and of all that they have read."""
+    n, head, row = first_n + tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    first, taken, end, _ = span(row, position, starts, ends, T, PACKED, M, M)
+    if n * M >= end:
+        return
+    token = row * (1 - PACKED) * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
+    state = row * H + head
+    slot = state * S + n % S
+    W1_slot += slot * D * F
+    b1_slot += slot * F
+    W2_slot += slot * F * D
+    u1 += slot * M * F
+    x2 += slot * M * F
+    d, m = tl.arange(0, D), tl.arange(0, M)
+    rows_d = slot * M * D + matrix(M, D)
+    slots = n * M + m
+    valid = (slots >= taken) & (slots < end)
+    q_n = load_rows(q + token, stride_t, slots, valid, D)
+    k_n = load_rows(k + token, stride_t, slots, valid, D)
+    k_n += load_rows(pending_k + state * M * D, D, slots, slots < taken, D).to(k_n.dtype)
+    w = tl.load(ln_weight + head * D + d)[None, :]
+    u2_n = tl.load(u2 + rows_d)
+
+    s = tl.load(scale + m)[:, None]
+    causal = (m[None, :] <= m[:, None]).to(tl.float32)
+    attention = ((dot(q_n, tl.trans(k_n), tl.zeros([M, M], tl.float32)) + 1) * causal).to(k_n.dtype)
+    attention_2 = tl.zeros([M, M], tl.float32)
+    y2 = tl.zeros([M, D], tl.float32) + tl.load(b2_slot + slot * D + d)[None, :]
+    for f in range(0, F, BLOCK):
+        units = tile(m, F, f, BLOCK)
+        y1 = tl.zeros([M, BLOCK], tl.float32) + tl.load(b1_slot + f + tl.arange(0, BLOCK))[None, :]
+        y1 = dot(q_n, tl.load(W1_slot + tile(d, F, f, BLOCK)), y1)
+        y1 -= s * dot(attention, tl.load(u1 + units), tl.zeros([M, BLOCK], tl.float32))
+        x2_f, derivative = gelu(y1)
+        x2_f = x2_f.to(k_n.dtype)
+        y2 = dot(x2_f, tl.load(W2_slot + f * D + matrix(BLOCK, D)), y2)
+        attention_2 = dot(x2_f, tl.trans(tl.load(x2 + units)), attention_2)
+    attention_2 = ((attention_2 + 1) * causal).to(k_n.dtype)
+    read = dot(attention_2, u2_n, tl.zeros([M, D], tl.float32))
+    x, rstd = layer_norm(y2 - s * read, D)
+
+    do_n = load_rows(do + token, stride_t, slots, valid, D).to(tl.float32)
+    part = ((row * H + head) * G + tl.program_id(0)) * 2 * D + d
+    tl.store(dln + part, tl.sum(do_n * x, axis=0))
+    tl.store(dln + part + D, tl.sum(do_n, axis=0))
+    dy = do_n * w
+    dy -= (tl.sum(dy, axis=1) / D)[:, None] + x * (tl.sum(dy * x, axis=1) / D)[:, None]
+    dy *= rstd[:, None]
+    dscale_n = -tl.sum(dy * read, axis=1)
+    dy2_n = dy.to(k_n.dtype)
+    tl.store(dy2 + rows_d, dy2_n)
+    sdy = (-s * dy).to(k_n.dtype)
+    tl.store(du2 + rows_d, dot(tl.trans(attention_2), sdy, tl.zeros([M, D], tl.float32)))
+    dattention_2 = (dot(sdy, tl.trans(u2_n), tl.zeros([M, M], tl.float32)) * causal).to(k_n.dtype)
+    dattention = tl.zeros([M, M], tl.float32)
+    dq_n = do_n
+    for f in range(0, F, BLOCK):
+        units = tile(m, F, f, BLOCK)
+        W_1, u1_f = tl.load(W1_slot + tile(d, F, f, BLOCK)), tl.load(u1 + units)
+        y1 = tl.zeros([M, BLOCK], tl.float32) + tl.load(b1_slot + f + tl.arange(0, BLOCK))[None, :]
+        read_1 = dot(attention, u1_f, tl.zeros([M, BLOCK], tl.float32))
+        x2_f, derivative = gelu(dot(q_n, W_1, y1) - s * read_1)
+        x2_f = x2_f.to(k_n.dtype)
+        tl.store(x2_q + slot * M * F + units, x2_f)
+        dx2_f = dot(dy2_n, tl.trans(tl.load(W2_slot + f * D + matrix(BLOCK, D))), tl.zeros([M, BLOCK], tl.float32))
+        dy1_f = dot(dattention_2, tl.load(x2 + units), dx2_f) * derivative
+        dscale_n -= tl.sum(dy1_f * read_1, axis=1)
+        sdy1 = (-s * dy1_f).to(k_n.dtype)
+        dattention = dot(sdy1, tl.trans(u1_f), dattention)
+        tl.store(du1 + slot * M * F + units, dot(tl.trans(attention), sdy1, tl.zeros([M, BLOCK], tl.float32)))
+        tl.store(dx2 + slot * M * F + units, dot(tl.trans(dattention_2), x2_f, tl.zeros([M, BLOCK], tl.float32)))
+        dy1_f = dy1_f.to(k_n.dtype)
+        tl.store(dy1 + slot * M * F + units, dy1_f)
+        dq_n = dot(dy1_f, tl.trans(W_1), dq_n)
+    dattention = (dattention * causal).to(k_n.dtype)
+    store_rows(dq + token, stride_t, slots, valid, dot(dattention, k_n, dq_n), D)
+    dk = dot(tl.trans(dattention), q_n, tl.zeros([M, D], tl.float32))
+    tl.store(dk_parts + (slot * 5 + 4) * M * D + matrix(M, D), dk)
+    tl.store(dscale + (state * G + tl.program_id(0)) * M + m, dscale_n)
+
+
+@triton.jit
+def output_grad_backward(dg, x, rstd, e, mean_e, mean_ex, w, D: tl.constexpr):
+    """From the gradient of g2 to those of z2 and of e, as `output_grad` has them."""
+    w2 = w * w
+    mean, mean_x, mean_g, mean_w, mean_wx = row_means(dg, dg * x, dg * e, w2 * dg, w2 * dg * x, D)
+    mean_w2, mean_w2x, mean_w2xx = tl.sum(w2, axis=1) / D, tl.sum(w2 * x, axis=1) / D, tl.sum(w2 * x * x, axis=1) / D
+    mean_g -= mean_e * mean + mean_ex * mean_x
+    mean_w -= mean_w2 * mean + mean_w2x * mean_x
+    mean_wx -= mean_w2x * mean + mean_w2xx * mean_x
+    de = dg - mean[:, None] - mean_x[:, None] * x
+    dz = w2 * de - mean_ex[:, None] * dg - mean_x[:, None] * e
+    dz -= (mean_w - mean_ex * mean - mean_e * mean_x)[:, None]
+    dz -= (mean_wx - 2 * mean_ex * mean_x + mean_g)[:, None] * x
+    return dz * (rstd * rstd)[:, None], de * rstd[:, None]
+
+
+@triton.jit(do_not_specialize=["n", "first_n"])
+def chain_step_backward(
+    n, first_n, q, k, v, lr, scale, ln_weight, ln_bias, pending_k, position, starts, ends,
+    dpending_u1_out, dpending_x2_out, dpending_u2_out, z1, u1, x2, u2, W1_slot, W2_slot, h, z2,
+    x2_q, dy1, dy2, du1, dx2, du2, dg2_parts, dg2, dh, carried, taught, dk_parts, row_parts,
+    dW1, db1, dW2, db2, db2_slot, dpending_u1, dpending_x2,
+    T, H, stride_b, stride_h, stride_t, lr_stride_b, lr_stride_h, lr_stride_t,
+    PACKED: tl.constexpr, M: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """
+    For D of the F hidden units, from the last mini-batch to the first: end mini-batch n + 1 with an update of the
+    gradients dW1, db1, dW2, db2 in place, to those of the model before it, and begin mini-batch n with these units'
+    part of its dg2, which the next launch adds up.
+    """
+    block, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    first, taken, end, _ = span(row, position, starts, ends, T, PACKED, M, M)
+    count = tl.cdiv(end, M)
+    if n >= count:
+        return
+    token = row * (1 - PACKED) * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
+    q += token
+    k += token
+    v += token
+    lr += row * (1 - PACKED) * lr_stride_b + head * lr_stride_h + (first - taken).to(tl.int64) * lr_stride_t
+    state = row * H + head
+    f = block * D
+    d, m = tl.arange(0, D), tl.arange(0, M)
+    rows_d, rows_f = matrix(M, D), tile(m, F, f, D)
+    W1_tile, W2_tile = tile(d, F, f, D), f * D + matrix(D, D)
+    dW1 += state * D * F
+    db1 += state * F + f + d
+    dW2 += state * F * D
+    db2 += (state * 4 + block) * D + d
+    dg2_parts += state * 8 * M * D + rows_d
+    dh += state * 2 * M * F + rows_f
+    carried += state * 2 * M * F + rows_f
+    pending_rows_d, pending_rows_f = state * M * D + rows_d, state * M * F + rows_f
+    last_scale = tl.load(scale + M - 1)
+    zeros = tl.zeros([M, D], tl.float32)
+
+    if n + 1 < tl.minimum(count, first_n + G):
+        after = n + 1
+        slot = state * S + after % S
+        slots = after * M + m
+        valid = (slots >= taken) & (slots < end)
+        learned = tl.where(after * M + M > end, 0.0, -last_scale)
+        k_n = load_rows(k, stride_t, slots, valid, D)
+        if after == 0:
+            k_n += tl.load(pending_k + pending_rows_d, mask=(slots < taken)[:, None], other=0.0).to(k_n.dtype)
+        target = load_rows(v, stride_t, slots, valid, D).to(tl.float32) - k_n.to(tl.float32)
+        lr_n = tl.load(lr + slots * lr_stride_t, mask=valid, other=0.0).to(tl.float32)
+        w, bias = tl.load(ln_weight + head * D + d)[None, :], tl.load(ln_bias + head * D + d)[None, :]
+        x, rstd, e, mean_e, mean_ex, g2 = output_grad(tl.load(z2 + slot * M * D + rows_d), target, w, bias, D)
+        db_2 = tl.load(db2)
+        dg = tl.load(du2 + slot * M * D + rows_d) + learned * db_2[None, :]
+        if after * M + M > end:
+            dg += tl.load(dpending_u2_out + pending_rows_d, mask=(slots < end)[:, None], other=0.0)
+        dg *= lr_n[:, None]
+        parts = dg2_parts + after % 2 * 4 * M * D
+        dg += tl.load(parts) + tl.load(parts + M * D) + tl.load(parts + 2 * M * D) + tl.load(parts + 3 * M * D)
+        dz, de = output_grad_backward(dg, x, rstd, e, mean_e, mean_ex, w, D)
+        if block == 0:
+            tl.store(dg2 + slot * M * D + rows_d, dg)
+        dy = tl.load(dy2 + slot * M * D + rows_d)
+        dz_2 = dz.to(k_n.dtype)
+        dW_2 = dot(tl.trans(tl.load(x2 + slot * M * F + rows_f)), dz_2, tl.load(dW2 + W2_tile))
+        dW_2 = dot(tl.trans(tl.load(dh + after % 2 * M * F)), g2.to(k_n.dtype), dW_2)
+        dW_2 = dot(tl.trans(tl.load(x2_q + slot * M * F + rows_f)), dy, dW_2)
+        tl.debug_barrier()  # all have read what is now written
+        tl.store(dW2 + W2_tile, dW_2)
+        tl.store(db2, db_2 + tl.sum(dz + dy.to(tl.float32), axis=0))
+
+        dx2_n = dot(dz_2, tl.trans(tl.load(W2_slot + slot * F * D + W2_tile)), zeros)
+        if after == 0:
+            is_pending = (slots < taken)[:, None]
+            begun = tl.load(dpending_x2 + pending_rows_f, mask=is_pending, other=0.0)
+            tl.store(dpending_x2 + pending_rows_f, begun + dx2_n, mask=is_pending)
+        x_2, derivative = gelu(tl.load(z1 + slot * M * F + rows_f))
+        dz = tl.load(carried + after % 2 * M * F) + dx2_n * derivative
+        dz_1 = tl.where(valid[:, None], dz, 0.0).to(k_n.dtype)
+        dy = tl.load(dy1 + slot * M * F + rows_f)
+        dW_1 = tl.load(dW1 + W1_tile)
+        dk = dot(tl.load(u1 + slot * M * F + rows_f), tl.trans(dW_1.to(k_n.dtype)), zeros) * learned
+        dk = dot(dz_1, tl.trans(tl.load(W1_slot + slot * D * F + W1_tile)), dk)
+        tl.store(dk_parts + (slot * 5 + block) * M * D + rows_d, dk)
+        dW_1 = dot(tl.trans(k_n), dz_1, dW_1)
+        dW_1 = dot(tl.trans(load_rows(q, stride_t, slots, valid, D)), dy, dW_1)
+        db_1 = tl.load(db1) + tl.sum(dz_1.to(tl.float32) + dy.to(tl.float32), axis=0)
+        tl.debug_barrier()
+        tl.store(dW1 + W1_tile, dW_1)
+        tl.store(db1, db_1)
+        tl.debug_barrier()  # for the loads below
+
+    if n >= first_n:
+        slot = state * S + n % S
+        slots = n * M + m
+        valid = (slots >= taken) & (slots < end)
+        is_pending = (slots < taken)[:, None]
+        kept = ((slots < end) & (slots >= end // M * M))[:, None]
+        learned = tl.where(n * M + M > end, 0.0, -last_scale)
+        k_n = load_rows(k, stride_t, slots, valid, D)
+        if n == 0:
+            k_n += tl.load(pending_k + pending_rows_d, mask=is_pending, other=0.0).to(k_n.dtype)
+        lr_n = tl.load(lr + slots * lr_stride_t, mask=valid, other=0.0).to(tl.float32)
+        if block == 0:
+            tl.store(db2_slot + slot * D + d, tl.load(db2))
+        taught_1 = dot(k_n, tl.load(dW1 + W1_tile).to(k_n.dtype), zeros) + tl.load(db1)[None, :]
+        u_1 = tl.load(u1 + slot * M * F + rows_f).to(tl.float32)
+        tl.store(row_parts + ((slot * 4 + block) * 2 + 1) * M + m, tl.sum(u_1 * taught_1, axis=1))
+        du_1 = tl.load(du1 + slot * M * F + rows_f) + learned * taught_1
+        if n * M + M > end:
+            du_1 += tl.load(dpending_u1_out + pending_rows_f, mask=kept, other=0.0)
+        if n == 0:
+            tl.store(dpending_u1 + pending_rows_f, du_1, mask=is_pending)
+        z_1 = tl.load(z1 + slot * M * F + rows_f)
+        h_n = tl.load(h + slot * M * F + rows_f)
+        x_2, derivative = gelu(z_1)
+        tl.store(row_parts + (slot * 4 + block) * 2 * M + m, tl.sum(du_1 * h_n * derivative, axis=1))
+        dg_1 = lr_n[:, None] * du_1
+        dh_n = (dg_1 * derivative).to(k_n.dtype)
+        tl.store(dh + n % 2 * M * F, dh_n)
+        carried_n = dg_1 * h_n * gelu_second_derivative(z_1)
+
+        dW_2 = tl.load(dW2 + W2_tile).to(k_n.dtype)
+        dx2_n = dot(tl.load(u2 + slot * M * D + rows_d), tl.trans(dW_2), zeros) * learned
+        dx2_n += tl.load(dx2 + slot * M * F + rows_f)
+        if n * M + M > end:
+            dx2_n += tl.load(dpending_x2_out + pending_rows_f, mask=kept, other=0.0)
+        if n == 0:
+            tl.store(dpending_x2 + pending_rows_f, dx2_n, mask=is_pending)
+        tl.store(carried + n % 2 * M * F, carried_n + dx2_n * derivative)
+        taught_2 = dot(tl.load(x2 + slot * M * F + rows_f), dW_2, zeros)
+        tl.store(taught + (slot * 4 + block) * M * D + rows_d, taught_2)
+        dg = dot(dh_n, tl.load(W2_slot + slot * F * D + W2_tile), (learned * lr_n)[:, None] * taught_2)
+        tl.store(dg2_parts + (n % 2 * 4 + block) * M * D, dg)
+
+
+@triton.jit(do_not_specialize=["first_n"])
+def tokens_backward(
+    first_n, k, v, lr, scale, ln_weight, ln_bias, pending_k, position, starts, ends, dpending_k_out, dpending_u2_out,
+    u2, z2, du2, dg2, taught, dk_parts, row_parts, db2_slot, dk, dv, dlr, dpending_k, dpending_u2, dscale, dln,
+    T, H, stride_b, stride_h, stride_t, lr_stride_b, lr_stride_h, lr_stride_t,
+    PACKED: tl.constexpr, M: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """What is left when the chain has passed a mini-batch: the gradients of its keys, values and learning rates."""
+    n, head, row = first_n + tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    first, taken, end, _ = span(row, position, starts, ends, T, PACKED, M, M)
+    if n * M >= end:
+        return
+    token = row * (1 - PACKED) * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
+    lr_token = row * (1 - PACKED) * lr_stride_b + head * lr_stride_h + (first - taken).to(tl.int64) * lr_stride_t
+    state = row * H + head
+    slot = state * S + n % S
+    d, m = tl.arange(0, D), tl.arange(0, M)
+    rows_d = slot * M * D + matrix(M, D)
+    slots = n * M + m
+    is_pending = slots < taken
+    valid = (slots >= taken) & (slots < end)
+    kept = (slots < end) & (slots >= end // M * M)
+    k_n = load_rows(k + token, stride_t, slots, valid, D).to(tl.float32)
+    k_n += load_rows(pending_k + state * M * D, D, slots, is_pending, D).to(k.dtype.element_ty).to(tl.float32)
+    target = load_rows(v + token, stride_t, slots, valid, D).to(tl.float32) - k_n
+    w, bias = tl.load(ln_weight + head * D + d)[None, :], tl.load(ln_bias + head * D + d)[None, :]
+    x, rstd, e, mean_e, mean_ex, g2 = output_grad(tl.load(z2 + rows_d), target, w, bias, D)
+    dz, de = output_grad_backward(tl.load(dg2 + rows_d), x, rstd, e, mean_e, mean_ex, w, D)
+
+    part = ((row * H + head) * G + tl.program_id(0)) * 2 * D + d
+    tl.store(dln + part, tl.sum(de * (2 * w * x + bias - target), axis=0))
+    de *= w
+    tl.store(dln + part + D, tl.sum(de, axis=0))
+    store_rows(dv + token, stride_t, slots, valid, -de, D)
+
+    taught_n = tl.zeros([M, D], tl.float32) + tl.load(db2_slot + slot * D + d)[None, :]
+    dk_n = de + tl.load(dk_parts + (slot * 5 + 4) * M * D + matrix(M, D))
+    dlr_n, dlast_scale = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
+    for block in tl.static_range(4):
+        taught_n += tl.load(taught + (slot * 4 + block) * M * D + matrix(M, D))
+        dk_n += tl.load(dk_parts + (slot * 5 + block) * M * D + matrix(M, D))
+        dlr_n += tl.load(row_parts + (slot * 4 + block) * 2 * M + m)
+        dlast_scale += tl.load(row_parts + ((slot * 4 + block) * 2 + 1) * M + m)
+    dlast_scale += tl.sum(tl.load(u2 + rows_d).to(tl.float32) * taught_n, axis=1)
+    complete = n * M + M <= end
+    du2_n = tl.load(du2 + rows_d) - tl.where(complete, tl.load(scale + M - 1), 0.0) * taught_n
+    du2_n += load_rows(dpending_u2_out + state * M * D, D, m, kept, D)
+    store_rows(dpending_u2 + state * M * D, D, slots, is_pending, du2_n, D)
+    dlr_n += tl.sum(du2_n * g2, axis=1)
+    tl.store(dlr + lr_token + slots * lr_stride_t, dlr_n.to(dlr.dtype.element_ty), mask=valid)
+    dlast = tl.where(complete, -tl.sum(dlast_scale, axis=0), 0.0)
+    tl.store(dscale + (state * G + tl.program_id(0)) * M + m, tl.where(m == M - 1, dlast, 0.0))
+    dk_n += load_rows(dpending_k_out + state * M * D, D, m, kept, D)
+    store_rows(dk + token, stride_t, slots, valid, dk_n, D)
+    store_rows(dpending_k + state * M * D, D, slots, is_pending, dk_n, D)
 
 
 @triton.jit
@@ -350,287 +641,3 @@ def decode(
             tl.store(pending_x2 + rows, tl.zeros([M, BLOCK], tl.float32))
         tl.store(pending_k + matrix(M, D), tl.zeros([M, D], tl.float32))
         tl.store(pending_u2 + matrix(M, D), tl.zeros([M, D], tl.float32))
-
-
-@triton.jit
-def backward(
-    do, dpending_k_out, dpending_u1_out, dpending_x2_out, dpending_u2_out,
-    q, k, v, lr, scale, ln_weight, ln_bias, pending_k, pending_u1, pending_x2, pending_u2, position, starts, ends,
-    W1_group, b1_group, W2_group, b2_group, W1, b1, W2, b2, scratch,
-    dq, dk, dv, dlr, dscale, dln, dW1, db1, dW2, db2, dpending_k, dpending_u1, dpending_x2, dpending_u2,
-    T, H, groups, stride_b, stride_h, stride_t, lr_stride_b, lr_stride_h, lr_stride_t,
-    PACKED: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """
-    W1, b1, W2 and b2 hold the models of one group, one after each mini-batch. dW1, db1, dW2 and db2 hold the gradient
-    of the last model, and at the end that of the first one. `scratch` keeps 4 matrices [M, F] between passes.
-    """
-    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    first, taken, end, group = span(row, position, starts, ends, T, PACKED, M, G * M)
-    token = row * (1 - PACKED) * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
-    lr_token = row * (1 - PACKED) * lr_stride_b + head * lr_stride_h + (first - taken).to(tl.int64) * lr_stride_t
-    q += token
-    k += token
-    v += token
-    do += token
-    dq += token
-    dk += token
-    dv += token
-    lr += lr_token
-    dlr += lr_token
-    state = row * H + head
-    W1 += state * (G + 1) * D * F
-    b1 += state * (G + 1) * F
-    W2 += state * (G + 1) * D * F
-    b2 += state * (G + 1) * D
-    dW1 += state * D * F
-    db1 += state * F
-    dW2 += state * D * F
-    db2 += state * D
-    scratch += state * 4 * M * F
-    pending_k += state * M * D
-    pending_u1 += state * M * F
-    pending_x2 += state * M * F
-    pending_u2 += state * M * D
-    dpending_k_out += state * M * D
-    dpending_u1_out += state * M * F
-    dpending_x2_out += state * M * F
-    dpending_u2_out += state * M * D
-    dpending_k += state * M * D
-    dpending_u1 += state * M * F
-    dpending_x2 += state * M * F
-    dpending_u2 += state * M * D
-    group += head.to(tl.int64) * groups
-    d, m, units = tl.arange(0, D), tl.arange(0, M), tl.arange(0, BLOCK)
-    w = tl.load(ln_weight + head * D + d)[None, :]
-    bias = tl.load(ln_bias + head * D + d)[None, :]
-    mean_w2 = tl.sum(w * w, axis=1) / D
-    last_scale = tl.load(scale + M - 1)
-    mini_batches = tl.cdiv(end, M)
-    zeros_d, zeros_f = tl.zeros([M, D], tl.float32), tl.zeros([M, BLOCK], tl.float32)
-    dscale_m, dlast_scale = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
-    dln_weight, dln_bias = tl.zeros([D], tl.float32), tl.zeros([D], tl.float32)
-
-    for g in range(0, tl.cdiv(mini_batches, G)):
-        first_n = (tl.cdiv(mini_batches, G) - 1 - g) * G
-        last_n = tl.minimum(first_n + G, mini_batches) - 1
-        saved = group + first_n // G
-        for f in range(0, F, BLOCK):
-            W1_tile, W2_tile = tile(d, F, f, BLOCK), (f + units)[:, None] * D + d[None, :]
-            tl.store(W1 + W1_tile, tl.load(W1_group + saved * D * F + W1_tile))
-            tl.store(W2 + W2_tile, tl.load(W2_group + saved * D * F + W2_tile))
-            tl.store(b1 + f + units, tl.load(b1_group + saved * F + f + units))
-        tl.store(b2 + d, tl.load(b2_group + saved * D + d))
-        tl.debug_barrier()
-
-        for n in range(first_n, last_n):  # the models of the group, again
-            i = n - first_n
-            slots = n * M + m
-            is_pending = slots < taken
-            valid = (slots >= taken) & (slots < end)
-            k_n = load_rows(k, stride_t, slots, valid, D)
-            k_n += load_rows(pending_k, D, slots, is_pending, D).to(k_n.dtype)
-            target = load_rows(v, stride_t, slots, valid, D).to(tl.float32) - k_n.to(tl.float32)
-            lr_n = tl.load(lr + slots * lr_stride_t, mask=valid, other=0.0).to(tl.float32)
-            b = tl.load(b2 + i * D + d)
-            z2 = zeros_d + b[None, :]
-            for f in range(0, F, BLOCK):
-                z1, x2, derivative, W_1, b1_f = hidden(
-                    k_n, W1 + i * D * F, b1 + i * F, pending_x2, slots, is_pending, f, M, D, F, BLOCK
-                )
-                W_2 = tl.load(W2 + i * D * F + (f + units)[:, None] * D + d[None, :])
-                z2 = dot(x2.to(k_n.dtype), W_2.to(k_n.dtype), z2)
-            x, rstd, e, mean_e, mean_ex, g2 = output_grad(z2, target, w, bias, D)
-            u2 = lr_n[:, None] * g2 + load_rows(pending_u2, D, slots, is_pending, D)
-            for f in range(0, F, BLOCK):
-                z1, x2, derivative, W_1, b1_f = hidden(
-                    k_n, W1 + i * D * F, b1 + i * F, pending_x2, slots, is_pending, f, M, D, F, BLOCK
-                )
-                W2_tile = (f + units)[:, None] * D + d[None, :]
-                W_2 = tl.load(W2 + i * D * F + W2_tile)
-                h = dot(g2.to(k_n.dtype), tl.trans(W_2.to(k_n.dtype)), zeros_f)
-                u1 = lr_n[:, None] * h * derivative
-                u1 += tl.load(pending_u1 + tile(slots, F, f, BLOCK), mask=is_pending[:, None], other=0.0)
-                u1 *= -last_scale
-                W_1 = dot(tl.trans(k_n), u1.to(k_n.dtype), W_1)
-                tl.store(W1 + (i + 1) * D * F + tile(d, F, f, BLOCK), W_1)
-                tl.store(b1 + (i + 1) * F + f + units, b1_f + tl.sum(u1, axis=0))
-                W_2 = dot(tl.trans(x2.to(k_n.dtype)), (u2 * -last_scale).to(k_n.dtype), W_2)
-                tl.store(W2 + (i + 1) * D * F + W2_tile, W_2)
-            tl.store(b2 + (i + 1) * D + d, b - last_scale * tl.sum(u2, axis=0))
-            tl.debug_barrier()
-
-        for j in range(0, last_n - first_n + 1):
-            n = last_n - j
-            i = n - first_n
-            W1_n, b1_n, W2_n = W1 + i * D * F, b1 + i * F, W2 + i * D * F
-            slots = n * M + m
-            is_pending = slots < taken
-            exists = slots < end
-            valid = (slots >= taken) & exists
-            kept = exists & (slots >= end // M * M)  # pending at the end
-            complete = (n * M + M <= end).to(tl.float32)
-            k_n = load_rows(k, stride_t, slots, valid, D)
-            k_n += load_rows(pending_k, D, slots, is_pending, D).to(k_n.dtype)
-            q_n = load_rows(q, stride_t, slots, valid, D)
-            target = load_rows(v, stride_t, slots, valid, D).to(tl.float32) - k_n.to(tl.float32)
-            lr_n = tl.load(lr + slots * lr_stride_t, mask=valid, other=0.0).to(tl.float32)
-            b = tl.load(b2 + i * D + d)
-
-            # The forward pass.
-            z2 = zeros_d + b[None, :]
-            for f in range(0, F, BLOCK):
-                z1, x2, derivative, W_1, b1_f = hidden(
-                    k_n, W1_n, b1_n, pending_x2, slots, is_pending, f, M, D, F, BLOCK
-                )
-                W_2 = tl.load(W2_n + (f + units)[:, None] * D + d[None, :])
-                z2 = dot(x2.to(k_n.dtype), W_2.to(k_n.dtype), z2)
-            x, rstd, e, mean_e, mean_ex, g2 = output_grad(z2, target, w, bias, D)
-            u2 = lr_n[:, None] * g2 + load_rows(pending_u2, D, slots, is_pending, D)
-            g2_k, u2_k = g2.to(k_n.dtype), u2.to(k_n.dtype)
-            reached = reach(scale, slots, slots, M)
-            causal = tl.where(m[None, :] <= m[:, None], 1.0, 0.0)
-            attention = (dot(q_n, tl.trans(k_n), tl.zeros([M, M], tl.float32)) + 1) * causal
-            attention_s = (-attention * tl.load(scale + m)[:, None]).to(k_n.dtype)
-            attention_2 = tl.zeros([M, M], tl.float32)
-            y2 = zeros_d + b[None, :]
-            for f in range(0, F, BLOCK):
-                z1, x2, derivative, W_1, b1_f = hidden(
-                    k_n, W1_n, b1_n, pending_x2, slots, is_pending, f, M, D, F, BLOCK
-                )
-                W_2 = tl.load(W2_n + (f + units)[:, None] * D + d[None, :]).to(k_n.dtype)
-                u1 = lr_n[:, None] * dot(g2_k, tl.trans(W_2), zeros_f) * derivative
-                u1 += tl.load(pending_u1 + tile(slots, F, f, BLOCK), mask=is_pending[:, None], other=0.0)
-                y1 = dot(q_n, W_1.to(k_n.dtype), zeros_f) + b1_f[None, :]
-                x2_q, _ = gelu(dot(attention_s, u1.to(k_n.dtype), y1))
-                y2 = dot(x2_q.to(k_n.dtype), W_2, y2)
-                attention_2 = dot(x2_q.to(k_n.dtype), tl.trans(x2.to(k_n.dtype)), attention_2)
-            attention_2 = (attention_2 + 1) * causal
-            attention_2s = (-attention_2 * tl.load(scale + m)[:, None]).to(k_n.dtype)
-            x_q, rstd_q = layer_norm(dot(attention_2s, u2_k, y2), D)
-
-            # Gradients of the read of W2, down to the hidden units.
-            do_n = load_rows(do, stride_t, slots, valid, D).to(tl.float32)
-            dln_weight += tl.sum(do_n * x_q, axis=0)
-            dln_bias += tl.sum(do_n, axis=0)
-            dy2 = do_n * w
-            dy2 -= (tl.sum(dy2, axis=1) / D)[:, None] + x_q * (tl.sum(dy2 * x_q, axis=1) / D)[:, None]
-            dy2 = (dy2 * rstd_q[:, None]).to(k_n.dtype)
-            du2 = dot(tl.trans(attention_2s), dy2, load_rows(dpending_u2_out, D, m, kept, D))
-            dattention_2 = dot(dy2, tl.trans(u2_k), tl.zeros([M, M], tl.float32))
-            dscale_m -= tl.sum(dattention_2 * attention_2, axis=1)
-            dattention_2 = (-dattention_2 * reached).to(k_n.dtype)
-            dattention = tl.zeros([M, M], tl.float32)
-            taught = zeros_d + tl.load(db2 + d)[None, :]  # x2 dW2 + db2
-            dg2, dq_n, dk_n = zeros_d, do_n, load_rows(dpending_k_out, D, m, kept, D)
-            dlr_n = tl.zeros([M], tl.float32)
-            for f in range(0, F, BLOCK):
-                z1, x2, derivative, W_1, b1_f = hidden(
-                    k_n, W1_n, b1_n, pending_x2, slots, is_pending, f, M, D, F, BLOCK
-                )
-                W1_tile, W2_tile, rows = (
-                    tile(d, F, f, BLOCK),
-                    (f + units)[:, None] * D + d[None, :],
-                    tile(m, F, f, BLOCK),
-                )
-                W_1, W_2 = W_1.to(k_n.dtype), tl.load(W2_n + W2_tile).to(k_n.dtype)
-                dW_1, dW_2 = tl.load(dW1 + W1_tile).to(k_n.dtype), tl.load(dW2 + W2_tile).to(k_n.dtype)
-                h = dot(g2_k, tl.trans(W_2), zeros_f)
-                u1 = lr_n[:, None] * h * derivative
-                u1 += tl.load(pending_u1 + tile(slots, F, f, BLOCK), mask=is_pending[:, None], other=0.0)
-                y1 = dot(q_n, W_1, zeros_f) + b1_f[None, :]
-                x2_q, derivative_q = gelu(dot(attention_s, u1.to(k_n.dtype), y1))
-                dx2_q = dot(dattention_2, x2.to(k_n.dtype), dot(dy2, tl.trans(W_2), zeros_f))
-                dy1 = (dx2_q * derivative_q).to(k_n.dtype)
-                dq_n = dot(dy1, tl.trans(W_1), dq_n)
-                dattention = dot(dy1, tl.trans(u1.to(k_n.dtype)), dattention)
-                taught = dot(x2.to(k_n.dtype), dW_2, taught)
-                taught_1 = dot(k_n, dW_1, zeros_f) + tl.load(db1 + f + units)[None, :]
-                dlast_scale -= tl.sum(u1 * taught_1, axis=1) * complete
-                du1 = dot(tl.trans(attention_s), dy1, -last_scale * complete * taught_1)
-                du1 += tl.load(dpending_u1_out + rows, mask=kept[:, None], other=0.0)
-                tl.store(dpending_u1 + rows, du1, mask=is_pending[:, None])
-                dlr_n += tl.sum(du1 * h * derivative, axis=1)
-                dg1 = lr_n[:, None] * du1
-                dh = dg1 * derivative
-                dg2 = dot(dh.to(k_n.dtype), W_2, dg2)
-                dx2 = dot(tl.trans(dattention_2), x2_q.to(k_n.dtype), zeros_f)
-                dx2 -= last_scale * complete * dot(u2_k, tl.trans(dW_2), zeros_f)
-                dx2 += tl.load(dpending_x2_out + rows, mask=kept[:, None], other=0.0)
-                tl.store(scratch + rows, dy1.to(tl.float32))
-                tl.store(scratch + M * F + rows, dh)
-                tl.store(scratch + 2 * M * F + rows, dx2)
-                tl.store(scratch + 3 * M * F + rows, dg1 * h * gelu_second_derivative(z1))
-                dk_n = dot((-last_scale * complete * u1).to(k_n.dtype), tl.trans(dW_1), dk_n)
-            dscale_m -= tl.sum(dattention * attention, axis=1)
-            dattention = (-dattention * reached).to(k_n.dtype)
-            dq_n = dot(dattention, k_n, dq_n)
-            dk_n = dot(tl.trans(dattention), q_n, dk_n)
-            store_rows(dq, stride_t, slots, valid, dq_n, D)
-
-            # Through the inner gradient at the output.
-            dlast_scale -= tl.sum(u2 * taught, axis=1) * complete
-            du2 -= last_scale * complete * taught
-            store_rows(dpending_u2, D, slots, is_pending, du2, D)
-            dlr_n += tl.sum(du2 * g2, axis=1)
-            tl.store(dlr + slots * lr_stride_t, dlr_n.to(dlr.dtype.element_ty), mask=valid)
-            dg2 += lr_n[:, None] * du2
-            mean, mean_x, mean_g, mean_w, mean_wx = row_means(dg2, dg2 * x, dg2 * e, w * w * dg2, w * w * dg2 * x, D)
-            mean_w2x, mean_w2xx = tl.sum(w * w * x, axis=1) / D, tl.sum(w * w * x * x, axis=1) / D
-            mean_g -= mean_e * mean + mean_ex * mean_x
-            mean_w -= mean_w2 * mean + mean_w2x * mean_x
-            mean_wx -= mean_w2x * mean + mean_w2xx * mean_x
-            de = dg2 - mean[:, None] - mean_x[:, None] * x
-            dz2 = w * w * de - mean_ex[:, None] * dg2 - mean_x[:, None] * e
-            dz2 -= (mean_w - mean_ex * mean - mean_e * mean_x)[:, None]
-            dz2 -= (mean_wx - 2 * mean_ex * mean_x + mean_g)[:, None] * x
-            dz2 *= (rstd * rstd)[:, None]
-            de *= rstd[:, None]
-            dln_weight += tl.sum(de * (2 * w * x + bias - target), axis=0)
-            de *= w
-            dln_bias += tl.sum(de, axis=0)
-            store_rows(dv, stride_t, slots, valid, -de, D)
-            dk_n += de
-            tl.store(db2 + d, tl.load(db2 + d) + tl.sum(dz2 + dy2.to(tl.float32), axis=0))
-            dz2 = dz2.to(k_n.dtype)
-            tl.debug_barrier()
-
-            # Through the hidden units, and to the model before this mini-batch.
-            for f in range(0, F, BLOCK):
-                z1, x2, derivative, W_1, b1_f = hidden(
-                    k_n, W1_n, b1_n, pending_x2, slots, is_pending, f, M, D, F, BLOCK
-                )
-                W1_tile, W2_tile, rows = (
-                    tile(d, F, f, BLOCK),
-                    (f + units)[:, None] * D + d[None, :],
-                    tile(m, F, f, BLOCK),
-                )
-                W_2 = tl.load(W2_n + W2_tile).to(k_n.dtype)
-                u1 = lr_n[:, None] * dot(g2_k, tl.trans(W_2), zeros_f) * derivative
-                u1 += tl.load(pending_u1 + tile(slots, F, f, BLOCK), mask=is_pending[:, None], other=0.0)
-                y1 = dot(q_n, W_1.to(k_n.dtype), zeros_f) + b1_f[None, :]
-                x2_q, _ = gelu(dot(attention_s, u1.to(k_n.dtype), y1))
-                dy1 = tl.load(scratch + rows).to(k_n.dtype)
-                dh = tl.load(scratch + M * F + rows).to(k_n.dtype)
-                dx2 = dot(dz2, tl.trans(W_2), tl.load(scratch + 2 * M * F + rows))
-                tl.store(dpending_x2 + rows, dx2, mask=is_pending[:, None])
-                dz1 = tl.load(scratch + 3 * M * F + rows) + dx2 * derivative
-                dz1 = tl.where(valid[:, None], dz1, 0.0).to(k_n.dtype)
-                dk_n = dot(dz1, tl.trans(W_1.to(k_n.dtype)), dk_n)
-                dW_1 = dot(tl.trans(k_n), dz1, tl.load(dW1 + W1_tile))
-                dW_1 = dot(tl.trans(q_n), dy1, dW_1)
-                dW_2 = dot(tl.trans(x2.to(k_n.dtype)), dz2, tl.load(dW2 + W2_tile))
-                dW_2 = dot(tl.trans(dh), g2_k, dW_2)
-                dW_2 = dot(tl.trans(x2_q.to(k_n.dtype)), dy2, dW_2)
-                db = tl.load(db1 + f + units) + tl.sum(dz1.to(tl.float32) + dy1.to(tl.float32), axis=0)
-                tl.debug_barrier()  # all have read what is now written
-                tl.store(dW1 + W1_tile, dW_1)
-                tl.store(dW2 + W2_tile, dW_2)
-                tl.store(db1 + f + units, db)
-            store_rows(dk, stride_t, slots, valid, dk_n, D)
-            store_rows(dpending_k, D, slots, is_pending, dk_n, D)
-            tl.debug_barrier()
-
-    tl.store(dscale + state * M + m, dscale_m + tl.where(m == M - 1, tl.sum(dlast_scale, axis=0), 0.0))
-    tl.store(dln + state * 2 * D + d, dln_weight)
-    tl.store(dln + state * 2 * D + D + d, dln_bias)
