@@ -430,17 +430,16 @@ def after_chain_backward(
 
     w = tl.load(ln_weight + head * D + d)[None, :]
     bias = tl.load(ln_bias + head * D + d)[None, :]
-    x_i = load_rows(x + workspace * D, D, slots, exists, D).to(tl.float32)
-    v_i = load_rows(v + token, stride_t, slots, valid, D).to(tl.float32)
-    target_i = v_i - k_i.to(tl.float32)
+    x_i = load_rows(x + workspace * D, D, slots, exists, D).to(tl.float32) * w
+    r_i = x_i + bias - load_rows(v + token, stride_t, slots, valid, D).to(tl.float32) + k_i.to(tl.float32)
     de_i = load_rows(de + workspace * D, D, slots, exists, D)
     rstd = tl.load(statistics + (workspace + slots) * 5 + 4, mask=exists, other=0.0)
     lr_token = row * (1 - PACKED) * lr_stride_b + head * lr_stride_h + (first - taken).to(tl.int64) * lr_stride_t
     lr_i = tl.load(lr + lr_token + slots * lr_stride_t, mask=valid, other=0.0).to(tl.float32)
-    dlr_i = rstd * tl.sum(de_i * (w * x_i + bias - target_i) * w, axis=1)
+    dlr_i = rstd * tl.sum(de_i * w * r_i, axis=1)
     tl.store(dlr + lr_token + slots * lr_stride_t, dlr_i.to(dlr.dtype.element_ty), mask=valid)
     de_i *= (lr_i * rstd)[:, None]
-    tl.store(dln + part * 2 * D + d, tl.sum(de_i * (2 * w * x_i + bias - target_i), axis=0))
+    tl.store(dln + part * 2 * D + d, tl.sum(de_i * (x_i + r_i), axis=0))
     de_i *= w
     tl.store(dln + part * 2 * D + D + d, tl.sum(de_i, axis=0))
     store_rows(dv + token, stride_t, slots, valid, -de_i, D)
