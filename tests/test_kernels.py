@@ -7,6 +7,7 @@ compute-sanitizer checks them with `compute-sanitizer --tool memcheck python -m 
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 pytest.importorskip("triton")
+
+import triton.language as tl
+from triton.runtime import interpreter
 
 import ttt_kernels
 from ttt_kernels import common, publish
@@ -49,6 +53,21 @@ def poison(monkeypatch):
 
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture(autouse=True)
+def round_to_nearest(monkeypatch):
+    """bfloat16 as a GPU rounds it; Triton's interpreter cuts the digits off instead, which doubles the errors."""
+    if DEVICE == "cpu":
+        cast = interpreter.InterpreterBuilder.cast_impl
+
+        def rounded(self, x, dtype):
+            if (x.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+                return cast(self, x, dtype)
+            data = torch.from_numpy(np.ascontiguousarray(x.data)).bfloat16().view(torch.uint16).numpy()
+            return interpreter.TensorHandle(data, dtype.scalar)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounded)
 
 
 def inputs(kind, batch_size, length, m=16, heads=1, D=16, dtype=torch.float32, rows=None, pending=True, seed=None):
@@ -124,14 +143,17 @@ def check(kind, tokens, state, attention_mask=None, cu_seqlens=None):
 @pytest.mark.parametrize("kind", OPS)
 def test_against_the_pytorch_op(kind, length, pending):
     m = 64 if length == 200 else 16
-    check(kind, *inputs(kind, 1, length, m=m, pending=pending))
+    seed = 0 if length == 1 else None  # one token's gradients of lr and token_scale are numbers that may cancel
+    if seed is not None:
+        torch.manual_seed(seed)
+    check(kind, *inputs(kind, 1, length, m=m, pending=pending, seed=seed))
 
 
 @pytest.mark.parametrize("dtype, length", [*((torch.bfloat16, t) for t in (1, 15, 64, 65, 200)), (torch.float16, 65)])
 @pytest.mark.parametrize("kind", OPS)
 def test_half_precision(kind, dtype, length):
     m = 16 if length == 15 else 64
-    heads = 2 if length == 1 or kind == "linear" else 1  # one token's lr has one gradient a head, which may cancel
+    heads = 2 if length == 1 else 1
     for pending in (False, True) if kind == "linear" else (length != 64,):
         torch.manual_seed(0)
         check(kind, *inputs(kind, 1, length, m=m, heads=heads, D=64, dtype=dtype, pending=pending, seed=0))

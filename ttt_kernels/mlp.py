@@ -188,10 +188,12 @@ def mlp_backward(
     row_parts, db2_slot = dW1.new_empty(*by_slot, F // D, 2, m), dW1.new_empty(*by_slot, D)
     dscale, dln = torch.zeros_like(scale), torch.zeros_like(torch.stack((ln_weight, ln_bias), 1))
     sizes, chain_sizes = _sizes(q, scale, packed), _chain_sizes(lr)
-    for first in reversed(range(0, _mini_batches(q, scale, starts, ends, packed), GROUP)):
+    mini_batches = _mini_batches(q, scale, starts, ends, packed)
+    for first in reversed(range(0, mini_batches, GROUP)):
+        last = min(first + GROUP, mini_batches)
         number = (first_group + first // GROUP).clamp(max=W1_group.shape[1] - 1)
         model = [x[:, number].transpose(0, 1).contiguous() for x in groups]
-        for n in range(first, first + GROUP + 1):
+        for n in range(first, last + 1):
             kernels.chain_step[F // D, heads, rows](
                 n, k, v, lr, scale, ln_weight, ln_bias, *pending, position, starts, ends, *model, *again,
                 *groups, z2_parts, z1, *left, *models, h, z2,
@@ -199,19 +201,19 @@ def mlp_backward(
             )  # fmt: skip
         dscale_parts = scale.new_zeros(2, rows, heads, GROUP, m)
         dln_parts = scale.new_zeros(2, rows, heads, GROUP, 2, D)
-        kernels.outputs_backward[GROUP, heads, rows](
+        kernels.outputs_backward[last - first, heads, rows](
             first, do, q, k, scale, ln_weight, pending[0], position, starts, ends, *left, *models,
             x2_q, dy1, dy2, du1, dx2, du2, dq, dk_parts, dscale_parts[0], dln_parts[0],
             G=GROUP, S=slots, BLOCK=BLOCK, **sizes,
         )  # fmt: skip
-        for n in reversed(range(first - 1, first + GROUP)):
+        for n in reversed(range(first - 1, last)):
             kernels.chain_step_backward[F // D, heads, rows](
                 n, first, q, k, v, lr, scale, ln_weight, ln_bias, pending[0], position, starts, ends,
                 *dpending_out[1:], z1, *left, models[0], models[2], h, z2,
                 x2_q, dy1, dy2, du1, dx2, du2, dg2_parts, dg2, dh, carried, taught, dk_parts, row_parts,
                 dW1, db1, dW2, db2_parts, db2_slot, dpending_u1, dpending_x2, S=slots, **sizes, **chain_sizes,
             )  # fmt: skip
-        kernels.tokens_backward[GROUP, heads, rows](
+        kernels.tokens_backward[last - first, heads, rows](
             first, k, v, lr, scale, ln_weight, ln_bias, pending[0], position, starts, ends,
             dpending_out[0], dpending_out[3], u2, z2, du2, dg2, taught, dk_parts, row_parts, db2_slot,
             dk, dv, dlr, dpending_k, dpending_u2, dscale_parts[1], dln_parts[1], S=slots, **sizes, **chain_sizes,

@@ -113,13 +113,14 @@ def chain_step(
         parts = z2_parts + (n - 1) % 2 * 4 * M * D
         z = tl.load(parts) + tl.load(parts + M * D) + tl.load(parts + 2 * M * D) + tl.load(parts + 3 * M * D)
         z += b_2[None, :]
+        if z2 is not None:
+            if block == 0:
+                tl.store(z2 + before * M * D + rows_d, z)
         x, rstd, e, mean_e, mean_ex, g2 = output_grad(z, target, w, bias, D)
         W_2 = tl.load(W2_slot + before * F * D + f * D + matrix(D, D))
         h_n = dot(g2.to(k_n.dtype), tl.trans(W_2), tl.zeros([M, D], tl.float32))
         if h is not None:
             tl.store(h + before * M * F + rows_f, h_n)
-            if block == 0:
-                tl.store(z2 + before * M * D + rows_d, z)
         u_2 = lr_n[:, None] * g2
         if n == 1:
             u_2 += tl.load(pending_u2 + state * M * D + rows_d, mask=is_pending, other=0.0)
