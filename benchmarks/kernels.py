@@ -143,7 +143,7 @@ def inputs(args, batch: int, length: int, requires_grad: bool = False):
     """Random tokens (q, k, v, lr), parameters (token_scale, LayerNorm) and a state, as a model's layer has them."""
     heads, d, m, cuda = args.heads, args.head_dim, args.mini_batch, {"device": "cuda"}
     q, k, v = (torch.randn(batch, length, heads, d, **cuda).bfloat16().transpose(1, 2) for _ in range(3))
-    lr = (torch.rand(batch, length, heads, **cuda) / d).bfloat16().transpose(1, 2)
+    lr = (torch.rand(batch, length, heads, **cuda) / d).transpose(1, 2)
     scale = (1 / torch.arange(1, m + 1, **cuda)).clamp_min(m**-0.5)
     parameters = [scale, torch.ones(heads, d, **cuda), torch.zeros(heads, d, **cuda)]
     widths = [(d, d)] if args.layer == "linear" else [(d, 4 * d), (4 * d, d)]
@@ -199,7 +199,7 @@ def fla_op(name, args, batch, length, backward):
 
     def forward():
         tokens = (x.transpose(1, 2) for x in (q, k, v))
-        eta = lr.transpose(1, 2).unsqueeze(-1)
+        eta = lr.transpose(1, 2).unsqueeze(-1).bfloat16()
         return op(*tokens, weight, bias, eta, chunk_size=args.mini_batch, initial_state=state[0],
                   initial_state_bias=state[1], output_final_state=True)[0]  # fmt: skip
 

@@ -197,10 +197,11 @@ def test_more_than_one_group(kind):
     check(kind, *inputs(kind, 1, 270 if kind == "linear" else 130, heads=2 if kind == "linear" else 1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", OPS)
 @torch.no_grad()
-def test_decode(kind):
-    tokens, state = inputs(kind, 2, 18)
+def test_decode(kind, dtype):
+    tokens, state = inputs(kind, 2, 18, dtype=dtype, seed=0)
     expected_o, expected = run(kind, tokens, state)
     state = [x.clone() for x in state]
     outputs = []
@@ -214,10 +215,10 @@ def test_decode(kind):
         assert all(torch.equal(x, y) for x, y in zip(state, kept))
         o, state[-1] = OPS[kind][3](*(x[:, :, t : t + 1] for x in tokens[:4]), *tokens[4:], *state)
         outputs.append(o)
-    assert_near("output", torch.cat(outputs, dim=2), expected_o, 1e-5)
+    assert_near("output", torch.cat(outputs, dim=2), expected_o, TOLERANCE[dtype])
     assert torch.equal(state[-1], expected[-1])
     for number, (x, y) in enumerate(zip(state[:-1], expected[:-1])):
-        assert_near(f"state {number}", x, y, 1e-5)
+        assert_near(f"state {number}", x, y, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("kind", OPS)

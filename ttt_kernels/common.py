@@ -36,8 +36,7 @@ def span(row, position, starts, ends, T, PACKED: tl.constexpr, M: tl.constexpr, 
 
 
 @triton.jit
-def row_of_group(group, starts, T, PACKED: tl.constexpr, M: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
-                 R_BLOCK: tl.constexpr):  # fmt: skip
+def row_of_group(group, starts, T, R, PACKED: tl.constexpr, M: tl.constexpr, C: tl.constexpr, R_BLOCK: tl.constexpr):
     """The row that a group belongs to: the inverse of `span`."""
     rows = tl.arange(0, R_BLOCK)
     bound = rows * T

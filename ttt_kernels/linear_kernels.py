@@ -33,7 +33,7 @@ from .common import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "groups"])
 def chain_forward(
     k, v, lr, scale, ln_weight, ln_bias, W1, b1, pending_k, pending_u1, position, starts, ends,
     u1, W1_group, b1_group, W1_out, b1_out, pending_k_out, pending_u1_out, position_out,
@@ -133,16 +133,16 @@ def chain_forward(
         tl.store(position_out + row, (end % M).to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "R", "groups"])
 def outputs(
     q, k, scale, ln_weight, ln_bias, pending_k, position, starts, ends, u1, W1_group, b1_group, o,
-    T, H, groups, stride_b, stride_h, stride_t,
+    T, H, R, groups, stride_b, stride_h, stride_t,
     PACKED: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    R: tl.constexpr, R_BLOCK: tl.constexpr,
+    R_BLOCK: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     group, block = tl.program_id(0) // (G * M // BLOCK), tl.program_id(0) % (G * M // BLOCK)
-    row = row_of_group(group, starts, T, PACKED, M, G * M, R, R_BLOCK).to(tl.int64)
+    row = row_of_group(group, starts, T, R, PACKED, M, G * M, R_BLOCK).to(tl.int64)
     first, taken, end, first_group = span(row, position, starts, ends, T, PACKED, M, G * M)
     slot = (group - first_group) * G * M
     token = row * (1 - PACKED) * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
@@ -181,14 +181,14 @@ def outputs(
     store_rows(o, stride_t, slots, valid, x, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "R", "groups"])
 def before_chain_backward(
     q, k, v, lr, scale, ln_weight, ln_bias, pending_k, position, starts, ends, u1, W1_group, b1_group,
     do, dpending_u1_out,
     dz_q, db_q, du1, x, g, statistics, dscale, dln,
-    T, H, groups, stride_b, stride_h, stride_t, lr_stride_b, lr_stride_h, lr_stride_t,
+    T, H, R, groups, stride_b, stride_h, stride_t, lr_stride_b, lr_stride_h, lr_stride_t,
     PACKED: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    R: tl.constexpr, R_BLOCK: tl.constexpr,
+    R_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """
     The gradient of each token's read z_q and its sum over each mini-batch; du1, the part of it that goes to the u of
@@ -198,7 +198,7 @@ def before_chain_backward(
     """
     head = tl.program_id(1)
     group, block = tl.program_id(0) // (G * M // BLOCK), tl.program_id(0) % (G * M // BLOCK)
-    row = row_of_group(group, starts, T, PACKED, M, G * M, R, R_BLOCK).to(tl.int64)
+    row = row_of_group(group, starts, T, R, PACKED, M, G * M, R_BLOCK).to(tl.int64)
     first, taken, end, first_group = span(row, position, starts, ends, T, PACKED, M, G * M)
     slot = (group - first_group) * G * M
     if slot + block * BLOCK >= end:
@@ -309,7 +309,7 @@ def add_mini_batch(dW, db_rows, k, q, dz, dz_q, db_q):
     return dW, dot(ones, dz, db_rows + db_q[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "groups"])
 def chain_backward(
     q, k, scale, ln_weight, pending_k, position, starts, ends, dz_q, db_q, du1, x, g, statistics, dW1_out, db1_out,
     dz, dW1_group, db1_group, dW1, db1, dpending_u1,
@@ -391,19 +391,19 @@ def chain_backward(
     tl.store(db1 + state * D + db_pointers, db_rows, mask=first_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "R", "groups"])
 def after_chain_backward(
     q, k, v, lr, scale, ln_weight, ln_bias, pending_k, position, starts, ends, u1, W1_group, do,
     dz_q, x, statistics, dz, de, dW1_group, db1_group, dpending_k_out,
     dq, dk, dv, dlr, dpending_k, dlast_scale, dln,
-    T, H, groups, stride_b, stride_h, stride_t, lr_stride_b, lr_stride_h, lr_stride_t,
+    T, H, R, groups, stride_b, stride_h, stride_t, lr_stride_b, lr_stride_h, lr_stride_t,
     PACKED: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    R: tl.constexpr, R_BLOCK: tl.constexpr,
+    R_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the tokens, from those of their reads and of the group's states."""
     head = tl.program_id(1)
     group, block = tl.program_id(0) // (G * M // BLOCK), tl.program_id(0) % (G * M // BLOCK)
-    row = row_of_group(group, starts, T, PACKED, M, G * M, R, R_BLOCK).to(tl.int64)
+    row = row_of_group(group, starts, T, R, PACKED, M, G * M, R_BLOCK).to(tl.int64)
     first, taken, end, first_group = span(row, position, starts, ends, T, PACKED, M, G * M)
     slot = (group - first_group) * G * M
     if slot + block * BLOCK >= end:
@@ -551,7 +551,8 @@ def decode(
     if taken == M - 1:
         keys = tl.where(slots[:, None] == taken, k_t[None, :], keys)
         us = tl.where(slots[:, None] == taken, u[None, :], us) * -tl.load(scale + M - 1)
-        tl.store(W1 + matrix(D, D), dot(tl.trans(keys), us, W))
+        dtype = q.dtype.element_ty  # as in a prefill
+        tl.store(W1 + matrix(D, D), dot(tl.trans(keys.to(dtype)), us.to(dtype), W))
         tl.store(b1 + d, b + tl.sum(us, axis=0))
         tl.store(pending_k + matrix(M, D), tl.zeros([M, D], tl.float32))
         tl.store(pending_u1 + matrix(M, D), tl.zeros([M, D], tl.float32))

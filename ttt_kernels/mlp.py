@@ -25,15 +25,16 @@ def _sizes(q, token_scale, packed):
         "M": token_scale.shape[0],
         "D": q.shape[3],
         "F": 4 * q.shape[3],
-        "num_warps": 8 if q.shape[3] >= 64 else 4,
-        "num_stages": 1,
     }
 
 
 def _chain_sizes(lr):
-    """Arguments that the kernels over rows share besides."""
+    """Arguments that the kernels that read learning rates share besides."""
     lr_strides = dict(zip(("lr_stride_b", "lr_stride_h", "lr_stride_t"), lr.stride()))
-    return {"G": GROUP, **lr_strides}
+    return {"G": GROUP, **lr_strides, "num_warps": 8, "num_stages": 1}
+
+
+LAUNCH_OUTPUTS = {"BLOCK": BLOCK, "num_warps": 4, "num_stages": 1}  # 8 warps would do the same products twice
 
 
 def _groups(q, W1, token_scale):
@@ -114,7 +115,7 @@ def mlp_forward(
         if n - done == together or n == mini_batches > done:
             kernels.outputs[n - done, heads, rows](
                 done, q, k, *parameters, pending[0], position, starts, ends, o, *left, *models,
-                S=slots, BLOCK=BLOCK, **sizes,
+                S=slots, **sizes, **LAUNCH_OUTPUTS,
             )  # fmt: skip
             done = n
     return o, *model, *pending_out, position_out, *groups
@@ -204,7 +205,7 @@ def mlp_backward(
         kernels.outputs_backward[last - first, heads, rows](
             first, do, q, k, scale, ln_weight, pending[0], position, starts, ends, *left, *models,
             x2_q, dy1, dy2, du1, dx2, du2, dq, dk_parts, dscale_parts[0], dln_parts[0],
-            G=GROUP, S=slots, BLOCK=BLOCK, **sizes,
+            G=GROUP, S=slots, **sizes, **LAUNCH_OUTPUTS,
         )  # fmt: skip
         for n in reversed(range(first - 1, last)):
             kernels.chain_step_backward[F // D, heads, rows](

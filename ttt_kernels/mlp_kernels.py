@@ -51,14 +51,14 @@ def output_grad(z2, target, w, bias, D: tl.constexpr):
     return x, rstd, e, mean_e, mean_ex, rstd[:, None] * (e - mean_e[:, None] - mean_ex[:, None] * x)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "T", "groups", "S"])
 def chain_step(
     n, k, v, lr, scale, ln_weight, ln_bias, pending_k, pending_u1, pending_x2, pending_u2, position, starts, ends,
     W1, b1, W2, b2, pending_k_out, pending_u1_out, pending_x2_out, pending_u2_out, position_out,
     W1_group, b1_group, W2_group, b2_group, z2_parts, z1, u1, x2, u2, W1_slot, b1_slot, W2_slot, b2_slot, h, z2,
-    T, H, groups, stride_b, stride_h, stride_t, lr_stride_b, lr_stride_h, lr_stride_t,
+    T, H, S, groups, stride_b, stride_h, stride_t, lr_stride_b, lr_stride_h, lr_stride_t,
     FIRST: tl.constexpr, PACKED: tl.constexpr, SAVE: tl.constexpr, M: tl.constexpr, G: tl.constexpr,
-    S: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """
     For D of the F hidden units: end mini-batch n - 1 with an update of W1, b1, W2, b2 in place, and begin mini-batch n
@@ -75,9 +75,10 @@ def chain_step(
     f = block * D
     d, m = tl.arange(0, D), tl.arange(0, M)
     rows_d, rows_f = matrix(M, D), tile(m, F, f, D)
-    W1 += state * D * F + tile(d, F, f, D)
+    W1_tile, W2_tile = tile(d, F, f, D), f * D + matrix(D, D)
+    W1 += state * D * F + W1_tile
     b1 += state * F + f + d
-    W2 += state * F * D + f * D + matrix(D, D)
+    W2 += state * F * D + W2_tile
     pending_k += state * M * D
     pending_x2 += state * M * F
     z2_parts += state * 8 * M * D + rows_d
@@ -117,7 +118,7 @@ def chain_step(
             if block == 0:
                 tl.store(z2 + before * M * D + rows_d, z)
         x, rstd, e, mean_e, mean_ex, g2 = output_grad(z, target, w, bias, D)
-        W_2 = tl.load(W2_slot + before * F * D + f * D + matrix(D, D))
+        W_2 = tl.load(W2_slot + before * F * D + W2_tile)
         h_n = dot(g2.to(k_n.dtype), tl.trans(W_2), tl.zeros([M, D], tl.float32))
         if h is not None:
             tl.store(h + before * M * F + rows_f, h_n)
@@ -153,9 +154,9 @@ def chain_step(
         tl.store(b1, b_1)
     if SAVE:
         if saves:
-            tl.store(W1_group + saved * D * F + tile(d, F, f, D), W_1)
+            tl.store(W1_group + saved * D * F + W1_tile, W_1)
             tl.store(b1_group + saved * F + f + d, b_1)
-    tl.store(W1_slot + slot * D * F + tile(d, F, f, D), W_1.to(W1_slot.dtype.element_ty))
+    tl.store(W1_slot + slot * D * F + W1_tile, W_1.to(W1_slot.dtype.element_ty))
     tl.store(b1_slot + slot * F + f + d, b_1)
 
     slots = n * M + m
@@ -175,8 +176,8 @@ def chain_step(
         tl.store(W2, W_2)
     if SAVE:
         if saves:
-            tl.store(W2_group + saved * F * D + f * D + matrix(D, D), W_2)
-    tl.store(W2_slot + slot * F * D + f * D + matrix(D, D), W_2.to(W2_slot.dtype.element_ty))
+            tl.store(W2_group + saved * F * D + W2_tile, W_2)
+    tl.store(W2_slot + slot * F * D + W2_tile, W_2.to(W2_slot.dtype.element_ty))
     z_2 = dot(x2_n.to(k_n.dtype), W_2.to(k_n.dtype), tl.zeros([M, D], tl.float32))
     tl.store(z2_parts + (n % 2 * 4 + block) * M * D, z_2)
     if block == 0:
@@ -190,11 +191,11 @@ def chain_step(
                 tl.store(position_out + row, (end % M).to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["first_n"])
+@triton.jit(do_not_specialize=["first_n", "T", "S"])
 def outputs(
     first_n, q, k, scale, ln_weight, ln_bias, pending_k, position, starts, ends, o, u1, x2, u2,
-    W1_slot, b1_slot, W2_slot, b2_slot, T, H, stride_b, stride_h, stride_t,
-    PACKED: tl.constexpr, M: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
+    W1_slot, b1_slot, W2_slot, b2_slot, T, H, S, stride_b, stride_h, stride_t,
+    PACKED: tl.constexpr, M: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the tokens of one mini-batch read, from the model before it and what the chain has left of it."""
     n, head, row = first_n + tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -236,12 +237,12 @@ def outputs(
     store_rows(o + token, stride_t, slots, valid, q_n.to(tl.float32) + x, D)
 
 
-@triton.jit(do_not_specialize=["first_n"])
+@triton.jit(do_not_specialize=["first_n", "T", "S"])
 def outputs_backward(
     first_n, do, q, k, scale, ln_weight, pending_k, position, starts, ends, u1, x2, u2,
     W1_slot, b1_slot, W2_slot, b2_slot, x2_q, dy1, dy2, du1, dx2, du2, dq, dk_parts, dscale, dln,
-    T, H, stride_b, stride_h, stride_t,
-    PACKED: tl.constexpr, M: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    T, H, S, stride_b, stride_h, stride_t,
+    PACKED: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of the outputs of one mini-batch to those of its queries, and of all that they have read."""
@@ -341,14 +342,14 @@ def output_grad_backward(dg, x, rstd, e, mean_e, mean_ex, w, D: tl.constexpr):
     return dz * (rstd * rstd)[:, None], de * rstd[:, None]
 
 
-@triton.jit(do_not_specialize=["n", "first_n"])
+@triton.jit(do_not_specialize=["n", "first_n", "T", "S"])
 def chain_step_backward(
     n, first_n, q, k, v, lr, scale, ln_weight, ln_bias, pending_k, position, starts, ends,
     dpending_u1_out, dpending_x2_out, dpending_u2_out, z1, u1, x2, u2, W1_slot, W2_slot, h, z2,
     x2_q, dy1, dy2, du1, dx2, du2, dg2_parts, dg2, dh, carried, taught, dk_parts, row_parts,
     dW1, db1, dW2, db2, db2_slot, dpending_u1, dpending_x2,
-    T, H, stride_b, stride_h, stride_t, lr_stride_b, lr_stride_h, lr_stride_t,
-    PACKED: tl.constexpr, M: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    T, H, S, stride_b, stride_h, stride_t, lr_stride_b, lr_stride_h, lr_stride_t,
+    PACKED: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """
     For D of the F hidden units, from the last mini-batch to the first: end mini-batch n + 1 with an update of the
@@ -478,12 +479,12 @@ def chain_step_backward(
         tl.store(dg2_parts + (n % 2 * 4 + block) * M * D, dg)
 
 
-@triton.jit(do_not_specialize=["first_n"])
+@triton.jit(do_not_specialize=["first_n", "T", "S"])
 def tokens_backward(
     first_n, k, v, lr, scale, ln_weight, ln_bias, pending_k, position, starts, ends, dpending_k_out, dpending_u2_out,
     u2, z2, du2, dg2, taught, dk_parts, row_parts, db2_slot, dk, dv, dlr, dpending_k, dpending_u2, dscale, dln,
-    T, H, stride_b, stride_h, stride_t, lr_stride_b, lr_stride_h, lr_stride_t,
-    PACKED: tl.constexpr, M: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    T, H, S, stride_b, stride_h, stride_t, lr_stride_b, lr_stride_h, lr_stride_t,
+    PACKED: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """What is left when the chain has passed a mini-batch: the gradients of its keys, values and learning rates."""
     n, head, row = first_n + tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -620,13 +621,14 @@ def decode(
     if taken == M - 1:
         tl.debug_barrier()  # the pending rows are written
         last_scale = tl.load(scale + M - 1)
-        keys_t = tl.trans(tl.load(pending_k + matrix(M, D)))
+        dtype = q.dtype.element_ty  # as in a prefill
+        keys_t = tl.trans(tl.load(pending_k + matrix(M, D)).to(dtype))
         for f in range(0, F, BLOCK):
             rows = tile(m, F, f, BLOCK)
             u1s = tl.load(pending_u1 + rows) * -last_scale
             b_1 = tl.load(b1 + f + units) + tl.sum(u1s, axis=0)
             W1_f = W1 + tile(d, F, f, BLOCK)
-            W_1 = dot(keys_t, u1s, tl.load(W1_f))
+            W_1 = dot(keys_t, u1s.to(dtype), tl.load(W1_f))
             tl.debug_barrier()  # all have read what is now written
             tl.store(W1_f, W_1)
             tl.store(b1 + f + units, b_1)
@@ -636,7 +638,7 @@ def decode(
         for f in range(0, F, BLOCK):
             rows = tile(m, F, f, BLOCK)
             W2_f = W2 + f * D + matrix(BLOCK, D)
-            W_2 = dot(tl.trans(tl.load(pending_x2 + rows)), u2s, tl.load(W2_f))
+            W_2 = dot(tl.trans(tl.load(pending_x2 + rows).to(dtype)), u2s.to(dtype), tl.load(W2_f))
             tl.debug_barrier()
             tl.store(W2_f, W_2)
             tl.store(pending_x2 + rows, tl.zeros([M, BLOCK], tl.float32))
