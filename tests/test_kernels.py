@@ -192,6 +192,23 @@ def test_packed_sequences(kind):
     check(kind, *inputs(kind, 1, 100, rows=4), cu_seqlens=bounds)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the order of programs is the GPU's")
+@pytest.mark.parametrize("kind", OPS)
+def test_programs_in_any_order(kind, monkeypatch):
+    tokens, state = inputs(kind, 1, 40, rows=2, seed=0)
+    bounds, leaves = torch.tensor([0, 17, 40]), [*tokens, *state[:-1]]
+
+    def everything():
+        o, new = OPS[kind][2](*tokens, *state, cu_seqlens=bounds)
+        return o, *new, *torch.autograd.grad((o, *new[:-1]), leaves, [torch.ones_like(x) for x in (o, *new[:-1])])
+
+    expected = everything()
+    builder = interpreter.interpreter_builder
+    place = builder.set_grid_idx
+    monkeypatch.setattr(builder, "set_grid_idx", lambda *at: place(*(n - 1 - i for n, i in zip(builder.grid_dim, at))))
+    assert all(torch.equal(x, y) for x, y in zip(everything(), expected))
+
+
 @pytest.mark.parametrize("kind", OPS)
 def test_more_than_one_group(kind):
     check(kind, *inputs(kind, 1, 270 if kind == "linear" else 130, heads=2 if kind == "linear" else 1))
