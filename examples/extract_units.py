@@ -17,15 +17,20 @@ Or `--fit 500` finds 500 clusters in the answers themselves, and keeps them in t
 As in fairseq, a unit is the cluster of a frame of 20 ms, recordings are cut into pieces of 100 s, encoded one by one,
 and the frame that would span two pieces is lost. Runs of the same unit are merged, as the model and its vocoder take
 them. One recording is in memory at a time.
+
+After an interruption, the same command goes on behind the last answer in units.jsonl.partial, and ends with the same
+file as if it had not been interrupted; but a fit that was interrupted begins anew.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -33,7 +38,7 @@ from tqdm import tqdm
 from transformers import AutoFeatureExtractor, AutoModel
 
 from ttt_omni.processing_ttt_omni import read_audio
-from ttt_omni.training.data import ManifestError, parse_conversation
+from ttt_omni.training.data import ManifestError, naming_line, read_manifest
 
 
 PIECE_SECONDS = 100
@@ -76,6 +81,17 @@ class Encoder:
         if not frames:
             raise ValueError(f"{path} has {len(audio)} samples, too few for a unit.")
         return torch.cat(frames)
+
+    def fingerprint(self) -> str:
+        """A digest of all that its frames come from."""
+        config = self.model.config.to_dict() | {"transformers_version": None, "_name_or_path": None}
+        settings = [config, self.extractor.to_dict(), self.layer, PIECE_SECONDS]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+        for name, weight in self.model.state_dict().items():
+            if name != "masked_spec_embed":  # for training only, and random where a checkpoint lacks it
+                digest.update(name.encode())
+                digest.update(weight.numpy(force=True).tobytes())
+        return digest.hexdigest()
 
 
 def sample_frames(recordings: Iterable[np.ndarray], size: int) -> np.ndarray:
@@ -125,44 +141,75 @@ def units(frames: torch.Tensor, centroids: torch.Tensor) -> list[int]:
     return torch.cdist(frames, centroids).argmin(1).unique_consecutive().tolist()
 
 
-def conversations(manifest: Path) -> Iterator[tuple[int, dict]]:
-    """The lines of a manifest that are not empty, each with its number. Raises [`ManifestError`] for a wrong one."""
-    with open(manifest, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    parse_conversation(line, manifest.parent)
-                    conversation = json.loads(line)
-                    for turn in spoken_answers(conversation):
-                        if not isinstance(turn["speech"], str) or not (manifest.parent / turn["speech"]).is_file():
-                            raise ManifestError(f"the recording {turn['speech']} of an answer does not exist.")
-                except ManifestError as error:
-                    raise ManifestError(f"{manifest}, line {number}: {error}") from None
-                yield number, conversation
+def answers(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The spoken answers of a manifest, each with the number of its line. Raises [`ManifestError`] for a wrong one."""
+    for number, _, conversation in read_manifest(manifest):
+        for turn in spoken_answers(conversation.record):
+            if not isinstance(turn["speech"], str) or not (manifest.parent / turn["speech"]).is_file():
+                with naming_line(manifest, number):
+                    raise ManifestError(f"the recording {turn['speech']} of an answer does not exist.")
+            yield number, turn
 
 
-def spoken_answers(conversation: dict) -> list[dict]:
+def spoken_answers(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The turns of 'gpt' that name a recording."""
-    return [turn for turn in conversation["conversations"] if turn["from"] == "gpt" and turn.get("speech")]
+    return [turn for turn in record["conversations"] if turn["from"] == "gpt" and turn.get("speech")]
 
 
-def encode(manifest: Path, encoder: Encoder, progress: tqdm) -> Iterator[tuple[dict, list[torch.Tensor]]]:
-    """Each conversation of a manifest, with the frames `[T, hidden]` of each of its spoken answers."""
-    with progress:
-        for number, conversation in conversations(manifest):
-            answers = []
-            for turn in spoken_answers(conversation):
-                try:
-                    answers.append(encoder(manifest.parent / turn["speech"]))
-                except (ValueError, OSError) as error:
-                    raise ManifestError(f"{manifest}, line {number}: {error}") from None
-                progress.update()
-            yield conversation, answers
+def fit_to_answers(manifest: Path, total: int, encoder: Encoder, clusters: int) -> np.ndarray:
+    """Centroids `[clusters, hidden]` of the frames of the `total` answers of a manifest."""
+
+    def encode() -> Iterator[np.ndarray]:
+        for number, turn in tqdm(answers(manifest), desc="Fitting clusters", total=total, unit=" answers"):
+            with naming_line(manifest, number):
+                frames = encoder(manifest.parent / turn["speech"])
+            yield frames.numpy(force=True)
+
+    return fit_centroids(sample_frames(encode(), FRAMES_PER_CLUSTER * clusters), clusters)
+
+
+def begin(partial: BinaryIO, settings: dict[str, Any]) -> None:
+    """Begins a file of units with its settings, or to read it if it has them. Raises ValueError if it has others."""
+    header = json.dumps(settings).encode() + b"\n"
+    partial.seek(0)
+    begun = partial.readline()
+    if not begun.endswith(b"\n"):
+        partial.seek(partial.truncate(0))
+        partial.write(header)
+        partial.flush()
+    elif begun != header:
+        raise ValueError(
+            f"{partial.name} was begun with another model, --layer, --kmeans or --fit: repeat the command that began "
+            "it, or delete it to begin anew."
+        )
+
+
+def read_units(partial: BinaryIO, turn: dict[str, Any]) -> list[int] | None:
+    """
+    The units of the next answer in a file, `None` at its end, where half a line is cut off.
+
+    Raises:
+        ValueError: if that is another answer than `turn`.
+    """
+    line = partial.readline()
+    if not line.endswith(b"\n"):
+        partial.seek(partial.truncate(partial.tell() - len(line)))
+        return None
+    finished = json.loads(line)
+    if finished["speech"] != turn["speech"]:
+        raise ValueError(
+            f"{partial.name} was begun with another manifest, which had {finished['speech']} in the place of "
+            f"{turn['speech']}: delete it to begin anew."
+        )
+    return finished["units"]
 
 
 def extract(manifest: Path, output: Path, model: str, layer: int, kmeans: Path, fit: int | None) -> None:
     """
     Writes `manifest` with the units of its spoken answers as `output`.
+
+    Until all are there, they are kept in a file beside it, whose name ends in `.partial`. An interrupted call, when
+    made again, takes from there those that it has; their recordings must be the same as before.
 
     Args:
         output: in the same folder, to which the manifest's paths are relative.
@@ -172,34 +219,57 @@ def extract(manifest: Path, output: Path, model: str, layer: int, kmeans: Path, 
 
     Raises:
         [`ManifestError`]: naming the line that is wrong.
-        ValueError, OSError: for a model, files and clusters that will not do.
+        ValueError, OSError: for a model, files and clusters that will not do, and for a `.partial` file of others.
     """
     if output.absolute().parent != manifest.absolute().parent:
         raise ValueError(f"{output} must be in the folder of {manifest}, to which the paths in it are relative.")
-    if fit is not None and kmeans.exists():
+    partial_path = output.with_name(f"{output.name}.partial")
+    if fit is not None and kmeans.exists() and not partial_path.exists():
         raise ValueError(f"{kmeans} exists: name a new file, or leave out --fit to use it.")
-    total = sum(len(spoken_answers(conversation)) for _, conversation in conversations(manifest))
+    if fit is not None and partial_path.exists() and not kmeans.exists():
+        raise ValueError(f"{partial_path} was begun with another file than {kmeans}: delete it to begin anew.")
+    total = sum(1 for _ in answers(manifest))
     if total == 0:
         raise ManifestError(f"{manifest} has no spoken answers: `speech` is missing in the turns of 'gpt'.")
     encoder = Encoder(model, layer)
 
-    if fit is not None:
-        recordings = encode(manifest, encoder, tqdm(desc="Fitting clusters", total=total, unit=" answers"))
-        frames = (frames.numpy(force=True) for _, answers in recordings for frames in answers)
-        centroids = fit_centroids(sample_frames(frames, FRAMES_PER_CLUSTER * fit), fit)
+    if fit is not None and not kmeans.exists():
+        fitted = fit_to_answers(manifest, total, encoder, fit)
         with TemporaryDirectory(dir=kmeans.absolute().parent, prefix=".") as temporary:
-            np.save(Path(temporary, "kmeans.npy"), centroids)
+            np.save(Path(temporary, "kmeans.npy"), fitted)
             os.replace(Path(temporary, "kmeans.npy"), kmeans)
     centroids = load_centroids(kmeans, encoder)
-    with TemporaryDirectory(dir=output.absolute().parent, prefix=".") as temporary:
-        made = Path(temporary, output.name)
-        with open(made, "w", encoding="utf-8") as file:
-            recordings = encode(manifest, encoder, tqdm(desc="Units", total=total, unit=" answers"))
-            for conversation, answers in recordings:
-                for turn, frames in zip(spoken_answers(conversation), answers):
-                    turn["units"] = units(frames, centroids)
-                file.write(json.dumps(conversation) + "\n")
-        os.replace(made, output)
+
+    settings = {
+        "model": encoder.fingerprint(),
+        "kmeans": hashlib.sha256(centroids.numpy(force=True).tobytes()).hexdigest(),
+        "fit": fit,
+    }
+    with open(partial_path, "a+b") as partial:
+
+        def take_units(number: int, turn: dict[str, Any]) -> list[int]:
+            with naming_line(manifest, number):
+                found = read_units(partial, turn)
+                if found is None:
+                    found = units(encoder(manifest.parent / turn["speech"]), centroids)
+                    partial.write(json.dumps({"speech": turn["speech"], "units": found}).encode() + b"\n")
+                    partial.flush()
+            return found
+
+        begin(partial, settings)
+        for number, turn in tqdm(answers(manifest), desc="Units", total=total, unit=" answers"):
+            take_units(number, turn)
+
+        begin(partial, settings)
+        with TemporaryDirectory(dir=output.absolute().parent, prefix=".") as temporary:
+            made = Path(temporary, output.name)
+            with open(made, "w", encoding="utf-8") as file:
+                for number, _, conversation in read_manifest(manifest):
+                    for turn in spoken_answers(conversation.record):
+                        turn["units"] = take_units(number, turn)
+                    file.write(json.dumps(conversation.record) + "\n")
+            os.replace(made, output)
+    partial_path.unlink()
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ import soundfile
 from tqdm import tqdm
 
 from ttt_omni.processing_ttt_omni import read_audio
-from ttt_omni.training.data import SPEECH_TOKEN, ManifestError, parse_conversation
+from ttt_omni.training.data import SPEECH_TOKEN, ManifestError, naming_line, read_manifest
 
 
 QUESTION = f"{SPEECH_TOKEN}\nPlease directly answer the questions in the user's speech."  # as in LLaMA-Omni's data
@@ -43,15 +43,11 @@ VOICES = ("en-us", "en-us+f3")
 
 def conversations(texts: Path) -> Iterator[tuple[int, dict]]:
     """The lines of `texts` that are not empty, each with its number. Raises [`ManifestError`] for a wrong one."""
-    with open(texts, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    if parse_conversation(line, texts.parent).speech:
-                        raise ManifestError(f"it has {SPEECH_TOKEN} already, where a question in text is needed.")
-                except ManifestError as error:
-                    raise ManifestError(f"{texts}, line {number}: {error}") from None
-                yield number, json.loads(line)
+    for number, _, conversation in read_manifest(texts):
+        if conversation.speech:
+            with naming_line(texts, number):
+                raise ManifestError(f"it has {SPEECH_TOKEN} already, where a question in text is needed.")
+        yield number, conversation.record
 
 
 def record(text: str, voice: str, command: list[str], folder: Path) -> str:
@@ -122,7 +118,7 @@ def speak(texts: Path, folder: Path, command: str, voices: list[str], answer_voi
             spoken = tqdm(conversations(texts), desc="Speaking", total=total, unit=" conversations")
             for index, (number, conversation) in enumerate(spoken):
                 recordings = []
-                try:
+                with naming_line(texts, number):
                     for turn in conversation["conversations"]:
                         if turn["from"] == "human":
                             voice = voices[index % len(voices)]
@@ -130,8 +126,6 @@ def speak(texts: Path, folder: Path, command: str, voices: list[str], answer_voi
                             turn["value"] = QUESTION
                         elif answer_voice is not None:
                             turn["speech"] = record(turn["value"], answer_voice, words, folder)
-                except (ValueError, OSError) as error:
-                    raise ManifestError(f"{texts}, line {number}: {error}") from None
                 conversation["speech"] = recordings if len(recordings) > 1 else recordings[0]
                 file.write(json.dumps(conversation) + "\n")
         os.replace(manifest, folder / manifest.name)

@@ -2,8 +2,11 @@
 import itertools
 import json
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -347,6 +350,142 @@ def test_fitting_without_scikit_learn(extract_units, monkeypatch):
         extract_units.fit_centroids(np.zeros((4, 2)), 2)
 
 
+# Units, interrupted
+
+
+@pytest.fixture
+def many_answers(tmp_path):
+    """A manifest of 40 answers of 2 s, and what makes all recordings others, under the same names."""
+
+    def record(numbers, seed):
+        for number in numbers:
+            noise = np.random.default_rng([seed, number]).standard_normal(32000)
+            soundfile.write(tmp_path / f"{number}.wav", 0.1 * noise, 16000)
+
+    record(range(40), seed=0)
+    manifest = tmp_path / "corpus.jsonl"
+    question, answer = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}
+    lines = [{"conversations": [question, answer | {"speech": f"{number}.wav"}]} for number in range(40)]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return manifest, record
+
+
+@pytest.fixture
+def interrupt(extract_units, monkeypatch):
+    """Makes units as `extract` does, but ends as by Ctrl-C when `number` recordings have been encoded."""
+
+    def interrupt(number, *arguments, **options):
+        def encode(self, path, encode=extract_units.Encoder.__call__):
+            nonlocal number
+            number -= 1
+            if number < 0:
+                raise KeyboardInterrupt
+            return encode(self, path)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(extract_units.Encoder, "__call__", encode)
+            extract_units.extract(*arguments, **options)
+
+    return interrupt
+
+
+def test_killed_and_resumed_units_are_the_same(extract_units, hubert, many_answers, kmeans, monkeypatch):
+    manifest, record = many_answers
+    whole, output = manifest.with_name("whole.jsonl"), manifest.with_name("units.jsonl")
+    partial = output.with_name("units.jsonl.partial")
+    extract_units.extract(manifest, whole, str(hubert), 3, kmeans, fit=None)
+    command = [str(EXAMPLES / "extract_units.py"), str(manifest), str(output)]
+    command += ["--model", str(hubert), "--layer", "3", "--kmeans", str(kmeans)]
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (partial.exists() and partial.read_bytes().count(b"\n") > 3) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not output.exists()
+    finished = partial.read_bytes().count(b"\n") - 1
+    assert 3 <= finished < 40
+    record(range(finished), seed=1)  # so that it would show if they were encoded again
+    monkeypatch.setattr(sys, "argv", command)
+    extract_units.main()
+    assert output.read_bytes() == whole.read_bytes()
+    assert not partial.exists() and not list(manifest.parent.glob(".*"))
+
+
+@pytest.mark.parametrize("cut", [1, 30, 10000])
+def test_half_a_line_is_made_again(extract_units, interrupt, hubert, many_answers, kmeans, cut):
+    """As where the disk was full: the last of three lines ends early, or all of them, and the settings, are lost."""
+    manifest, _ = many_answers
+    whole, output = manifest.with_name("whole.jsonl"), manifest.with_name("units.jsonl")
+    partial = output.with_name("units.jsonl.partial")
+    arguments = (str(hubert), 2, kmeans, None)
+    extract_units.extract(manifest, whole, *arguments)
+    interrupt(3, manifest, output, *arguments)
+    text = partial.read_bytes()
+    assert text.count(b"\n") == 4
+    partial.write_bytes(text[:-cut])
+    interrupt(10, manifest, output, *arguments)
+    assert partial.read_bytes().startswith(text) and partial.read_bytes().count(b"\n") == (11 if cut == 10000 else 13)
+    extract_units.extract(manifest, output, *arguments)
+    assert output.read_bytes() == whole.read_bytes()
+
+
+def test_fitted_and_interrupted(extract_units, interrupt, hubert, many_answers, tmp_path):
+    pytest.importorskip("sklearn")
+    manifest, record = many_answers
+    whole, output = manifest.with_name("whole.jsonl"), manifest.with_name("units.jsonl")
+    extract_units.extract(manifest, whole, str(hubert), 2, tmp_path / "whole.npy", fit=8)
+    fitted = (str(hubert), 2, tmp_path / "fitted.npy")
+    interrupt(30, manifest, output, *fitted, fit=8)
+    assert not fitted[2].exists() and not output.with_name("units.jsonl.partial").exists()
+    interrupt(45, manifest, output, *fitted, fit=8)
+    record(range(5), seed=1)
+    with pytest.raises(ValueError, match="units.jsonl.partial was begun with another .* or --fit: repeat"):
+        extract_units.extract(manifest, output, *fitted, fit=7)
+    with pytest.raises(ValueError, match="units.jsonl.partial was begun with another file than .*new.npy: delete it"):
+        extract_units.extract(manifest, output, str(hubert), 2, tmp_path / "new.npy", fit=8)
+    extract_units.extract(manifest, output, *fitted, fit=8)
+    assert output.read_bytes() == whole.read_bytes()
+
+
+def test_begun_with_something_else(extract_units, interrupt, hubert, many_answers, kmeans, tmp_path):
+    manifest, _ = many_answers
+    output, partial = manifest.with_name("units.jsonl"), manifest.with_name("units.jsonl.partial")
+    interrupt(3, manifest, output, str(hubert), 2, kmeans, fit=None)
+    begun = partial.read_bytes()
+
+    def refused(match, manifest=manifest, model=hubert, layer=2, kmeans=kmeans):
+        with pytest.raises(ValueError, match=match):
+            extract_units.extract(manifest, output, str(model), layer, kmeans, fit=None)
+        assert partial.read_bytes() == begun and not output.exists()
+
+    settings = "units.jsonl.partial was begun with another model, --layer, --kmeans or --fit: repeat .*or delete it"
+    refused(settings, layer=1)
+    np.save(tmp_path / "other.npy", np.load(kmeans) + 0.01)
+    refused(settings, kmeans=tmp_path / "other.npy")
+    model = HubertModel.from_pretrained(hubert)
+    with torch.no_grad():
+        model.encoder.layers[0].final_layer_norm.bias[0] += 0.01
+    shutil.copytree(hubert, tmp_path / "other")
+    model.save_pretrained(tmp_path / "other")
+    refused(settings, model=tmp_path / "other")
+    shutil.copytree(hubert, tmp_path / "raw")
+    Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(tmp_path / "raw")
+    refused(settings, model=tmp_path / "raw")
+    lines = manifest.read_text().splitlines(keepends=True)
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join([lines[0], "\n", lines[2], lines[1], *lines[3:]]))
+    refused("line 3: .*units.jsonl.partial was begun with another manifest, which had 1.wav in the", manifest=other)
+
+    moved = shutil.copytree(hubert, tmp_path / "moved")
+    other.write_text("".join(lines[:5]))  # as for a line that had to be left out
+    extract_units.extract(other, output, str(moved), 2, kmeans, fit=None)
+    assert len(units_in(output)) == 5 and not partial.exists()
+
+
+# What has no units
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -380,7 +519,7 @@ def test_what_has_no_units(extract_units, hubert, answers, kmeans, tmp_path, mon
     before = set(tmp_path.iterdir())
     with pytest.raises(SystemExit, match=rf"^extract_units.py: error: .*{message}"):
         extract_units.main()
-    assert set(tmp_path.iterdir()) == before
+    assert set(tmp_path.iterdir()) - {tmp_path / "units.jsonl.partial"} == before
 
 
 def test_a_model_of_spectrograms(extract_units, tmp_path):

@@ -4,6 +4,8 @@
 import json
 import os
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,7 @@ class ConversationDataset(Dataset):
         with open(self.manifest, "rb") as file:
             for offset in self.offsets[slice(*self.groups[index])]:
                 file.seek(offset)
-                conversations.append(parse_conversation(file.readline(), self.manifest.parent))
+                conversations.append(_parse(file.readline(), self.manifest.parent))
         inputs = self.processor.apply_chat_template(
             [message for conversation in conversations for message in conversation.messages],
             tokenize=True,
@@ -103,26 +105,19 @@ class ConversationDataset(Dataset):
 
     def _check(self) -> None:
         """Checks every line, and fills `offsets` and `groups`."""
-        offset, room = 0, 0
-        progress = tqdm(desc=f"Checking {self.manifest.name}", unit=" lines")
-        with open(self.manifest, "rb") as file, progress:
-            for number, line in enumerate(file, 1):
-                progress.update()
-                if line.strip():
-                    try:
-                        conversation = parse_conversation(line, self.manifest.parent)
-                        self._check_speech(conversation)
-                        self._check_units(conversation)
-                        room = self._add(conversation, room)
-                    except ManifestError as error:
-                        raise ManifestError(f"{self.manifest}, line {number}: {error}") from None
-                    self.offsets.append(offset)
-                    self.num_spoken += all(conversation.units)
-                offset += len(line)
+        room = 0
+        lines = tqdm(read_manifest(self.manifest), desc=f"Checking {self.manifest.name}", unit=" conversations")
+        for number, offset, conversation in lines:
+            with naming_line(self.manifest, number):
+                self._check_speech(conversation)
+                self._check_units(conversation)
+                room = self._add(conversation, room)
+            self.offsets.append(offset)
+            self.num_spoken += all(conversation.units)
         if not self.offsets:
             raise ManifestError(f"{self.manifest} has no conversations.")
 
-    def _check_speech(self, conversation: "_Conversation") -> None:
+    def _check_speech(self, conversation: "Conversation") -> None:
         if conversation.speech and self.config.audio_config is None:
             raise ManifestError("the model has no audio encoder: it takes conversations without `speech` only.")
         rate = self.processor.feature_extractor.sampling_rate
@@ -139,7 +134,7 @@ class ConversationDataset(Dataset):
             if info.frames == 0:
                 raise ManifestError(f"{path} is empty: it holds no audio.")
 
-    def _check_units(self, conversation: "_Conversation") -> None:
+    def _check_units(self, conversation: "Conversation") -> None:
         units = [unit for answer in conversation.units for unit in answer]
         if units and self.config.speech_decoder_config is None:
             raise ManifestError("the model has no speech decoder: leave out `units`.")
@@ -150,7 +145,7 @@ class ConversationDataset(Dataset):
                     f"{self.config.speech_decoder_config.unit_vocab_size - 1}."
                 )
 
-    def _add(self, conversation: "_Conversation", room: int) -> int:
+    def _add(self, conversation: "Conversation", room: int) -> int:
         """Joins the next conversation to the last group if there is room, or to a new one. Returns the room left."""
         index = len(self.offsets)
         if self.join_to_length is None:
@@ -185,14 +180,48 @@ class ConversationDataset(Dataset):
         return int(audio_embedding_lengths(mask, self.processor.audio_downsample).sum())
 
 
+@contextmanager
+def naming_line(manifest: Path, number: int) -> Iterator[None]:
+    """Makes a [`ManifestError`] that names the line of each ValueError and OSError raised in its body."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ManifestError(f"{manifest}, line {number}: {error}") from error
+
+
+def read_manifest(manifest: Path) -> Iterator[tuple[int, int, "Conversation"]]:
+    """
+    Reads a manifest line by line, and checks its form; not its recordings, nor whether a model can have it.
+
+    Yields:
+        The conversation of each line that is not empty, after the line's number, counted from 1, and the byte of the
+        file at which it begins. Whoever finds more wrong with it says so in [`naming_line`].
+
+    Raises:
+        OSError: if the manifest cannot be read.
+        [`ManifestError`]: naming the line that is wrong, and what is wrong with it.
+    """
+    offset = 0
+    with open(manifest, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                with naming_line(manifest, number):
+                    conversation = _parse(line, manifest.parent)
+                yield number, offset, conversation
+            offset += len(line)
+
+
 @dataclass(frozen=True)
-class _Conversation:
+class Conversation:
+    """A line of a manifest."""
+
+    record: dict[str, Any]  # as it stands there
     messages: list[dict[str, Any]]
     speech: list[Path]
     units: list[list[int]]  # per answer, empty where it was not spoken
 
 
-def parse_conversation(line: bytes, folder: Path) -> _Conversation:
+def _parse(line: bytes, folder: Path) -> Conversation:
     """A line of a manifest whose recordings are in `folder`. Raises [`ManifestError`] without naming the line."""
     try:
         record = json.loads(line)
@@ -227,7 +256,7 @@ def parse_conversation(line: bytes, folder: Path) -> _Conversation:
     asked = sum(turn["value"].count(SPEECH_TOKEN) for turn in turns[::2])
     if asked != len(speech):
         raise ManifestError(f"{asked} {SPEECH_TOKEN} for {len(speech)} recordings in `speech`.")
-    return _Conversation(messages, speech, units)
+    return Conversation(record, messages, speech, units)
 
 
 def _content(value: str, recordings) -> list[dict[str, str]]:
