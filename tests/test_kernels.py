@@ -239,6 +239,19 @@ def test_decode(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", OPS)
+@torch.no_grad()
+def test_decode_with_a_column_of_a_mask(kind):
+    tokens, state = inputs(kind, 3, 1, seed=0)
+    mask = torch.ones(3, 5, dtype=torch.bool, device=DEVICE)
+    mask[2, -1] = False
+    expected_o, expected = run(kind, tokens, state, mask[:, -1:])
+    state = [x.clone() for x in state]
+    o, position = OPS[kind][3](*tokens, *state, attention_mask=mask[:, -1:])
+    assert_near("output", o, expected_o, 1e-5)
+    assert torch.equal(position, expected[-1])
+
+
+@pytest.mark.parametrize("kind", OPS)
 def test_cut_anywhere(kind):
     tokens, state = inputs(kind, 1, 50)
     whole, final = OPS[kind][2](*tokens, *state)
@@ -284,7 +297,7 @@ def test_compiles_without_a_break(kind):
     assert_near("gradient", grad, torch.autograd.grad(loss(tokens, state, mask), tokens[0])[0].double(), 1e-6)
 
 
-@pytest.mark.parametrize("change", ["dtype", "head size", "mini-batch", "state"])
+@pytest.mark.parametrize("change", ["dtype", "head size", "mini-batch", "state", "width"])
 def test_what_it_cannot_take(change):
     tokens, state = inputs("linear", 1, 4)
     if change == "dtype":
@@ -293,6 +306,8 @@ def test_what_it_cannot_take(change):
         tokens[0] = tokens[0][..., :12]
     elif change == "mini-batch":
         tokens[4] = tokens[4][:10]
+    elif change == "width":
+        state[0] = state[0].repeat(1, 1, 1, 2)
     else:
         state[0] = state[0].double()
     assert ttt_kernels.unsupported(tokens[0], tokens[4], state[0])

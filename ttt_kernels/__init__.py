@@ -42,7 +42,7 @@ def ttt_linear(
         pending_k, pending_u1: float32 `[R, H, m, D]`, the mini-batch's keys so far and their lr * dl/dz, then 0.
         position: int64 `[R]`, the number of pending rows, below m.
         attention_mask: `[B, T]`, 0 for padding, which changes no state and outputs 0.
-        cu_seqlens: `[R + 1]`, bounds of R sequences packed in the one row of q, k, v.
+        cu_seqlens: `[R + 1]`, bounds of R sequences packed in the one row of q, k, v, from 0 to T.
 
     Returns:
         The output q + LN(f(q)), and the state (W1, b1, pending_k, pending_u1, position) after these tokens.
@@ -141,6 +141,7 @@ def _check(q, token_scale, state):
 def _prefill(op, q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens, *options):
     _check(q, token_scale, state)
     parameters = [x.float() for x in (token_scale, ln_weight, ln_bias)]
+    attention_mask, cu_seqlens = (x if x is None else x.to(q.device) for x in (attention_mask, cu_seqlens))
     tokens, order = (q, k, v, lr), None
     if attention_mask is not None and (torch.compiler.is_compiling() or has_holes(attention_mask)):
         # The kernels take runs of tokens: bring each row's together at its start, and back afterwards.
@@ -164,6 +165,8 @@ def _decode(op, q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_m
     if q.shape[2] != 1 or not all(x.is_contiguous() for x in state):
         raise ValueError("The TTT decode kernels need one token per row and a contiguous state.")
     parameters = [x.float().contiguous() for x in (token_scale, ln_weight, ln_bias)]
+    if attention_mask is not None:
+        attention_mask = attention_mask.to(q.device).contiguous()
     return op(q, k, v, lr, *parameters, *state, attention_mask)
 
 

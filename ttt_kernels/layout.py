@@ -1,6 +1,9 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 """Where tokens and temporaries are in memory, and what the kernels can take."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 
 
@@ -12,6 +15,8 @@ def unsupported(q: torch.Tensor, token_scale: torch.Tensor, W1: torch.Tensor) ->
         return f"the state must be float32, got {W1.dtype}"
     if q.shape[-1] not in (16, 32, 64, 128):
         return f"the head size must be 16, 32, 64 or 128, got {q.shape[-1]}"
+    if W1.shape[-1] not in (q.shape[-1], 4 * q.shape[-1]):
+        return f"an inner MLP must have 4 times the head size of hidden units, got {W1.shape[-1]}"
     if token_scale.shape[0] not in (16, 32, 64):
         return f"the mini-batch size must be 16, 32 or 64, got {token_scale.shape[0]}"
     return None
@@ -19,7 +24,7 @@ def unsupported(q: torch.Tensor, token_scale: torch.Tensor, W1: torch.Tensor) ->
 
 def same_layout(x: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """`x` and `others` `[B, H, T, D]` in one dense layout with contiguous rows of D, that of `x` if it is one."""
-    if x.stride(-1) != 1 or torch.empty_like(x).stride() != x.stride():
+    if x.stride(-1) != 1 or torch.empty_like(x, device="meta").stride() != x.stride():
         x = x.contiguous()
     return x, *(y if y.stride() == x.stride() else torch.empty_like(x).copy_(y) for y in others)
 
@@ -55,3 +60,14 @@ def first_groups(
     row = torch.arange(rows, device=q.device)
     bound = row * q.shape[2] if starts is None else starts
     return (bound + row * (mini_batch_size - 1)) // group + row
+
+
+def on_its_device(op: Callable) -> Callable:
+    """Run `op` on the GPU of its first tensor: Triton launches on the current one, which autograd sets by itself."""
+
+    @functools.wraps(op)
+    def run(q, *args, **kwargs):
+        with torch.cuda.device_of(q):
+            return op(q, *args, **kwargs)
+
+    return run

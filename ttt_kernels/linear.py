@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import linear_kernels as kernels
 from ._ops import add_op_namespace_prefix
-from .layout import number_of_groups, same_layout
+from .layout import number_of_groups, on_its_device, same_layout
 
 
 BLOCK = 64  # tokens of a program in the kernels over blocks of tokens
@@ -67,6 +67,7 @@ def _allocate_forward(q, W1, b1, pending_k, pending_u1, position, starts, packed
 
 
 @torch.library.custom_op(add_op_namespace_prefix("linear_forward"), mutates_args=())
+@on_its_device
 def linear_forward(
     q: Tensor,
     k: Tensor,
@@ -221,6 +222,7 @@ linear_forward.register_autograd(_backward, setup_context=_setup_context)
 @torch.library.custom_op(
     add_op_namespace_prefix("linear_decode"), mutates_args=("W1", "b1", "pending_k", "pending_u1")
 )
+@on_its_device
 def linear_decode(
     q: Tensor,
     k: Tensor,

@@ -43,8 +43,8 @@ def chain_forward(
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first, taken, end, group = span(row, position, starts, ends, T, PACKED, M, G * M)
     batch = row * (1 - PACKED)
-    k += batch * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
-    v += batch * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
+    k += batch * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
+    v += batch * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
     lr += batch * lr_stride_b + head * lr_stride_h + (first - taken).to(tl.int64) * lr_stride_t
     u1 += (head.to(tl.int64) * groups + group) * G * M * D
     W1_group += (head.to(tl.int64) * groups + group) * D * D
@@ -145,7 +145,7 @@ def outputs(
     row = row_of_group(group, starts, T, R, PACKED, M, G * M, R_BLOCK).to(tl.int64)
     first, taken, end, first_group = span(row, position, starts, ends, T, PACKED, M, G * M)
     slot = (group - first_group) * G * M
-    token = row * (1 - PACKED) * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
+    token = row * (1 - PACKED) * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
     q += token
     k += token
     o += token
@@ -203,7 +203,7 @@ def before_chain_backward(
     slot = (group - first_group) * G * M
     if slot + block * BLOCK >= end:
         return
-    token = row * (1 - PACKED) * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
+    token = row * (1 - PACKED) * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
     q += token
     k += token
     v += token
@@ -324,8 +324,8 @@ def chain_backward(
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first, taken, end, group = span(row, position, starts, ends, T, PACKED, M, G * M)
     batch = row * (1 - PACKED)
-    q += batch * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
-    k += batch * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
+    q += batch * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
+    k += batch * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
     workspace = (head.to(tl.int64) * groups + group) * G
     dz_q += workspace * M * D
     db_q += workspace * D
@@ -408,7 +408,7 @@ def after_chain_backward(
     slot = (group - first_group) * G * M
     if slot + block * BLOCK >= end:
         return
-    token = row * (1 - PACKED) * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
+    token = row * (1 - PACKED) * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
     q += token
     k += token
     pending_k += (row * H + head) * M * D
@@ -509,7 +509,7 @@ def decode(
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     state = row * H + head
     d = tl.arange(0, D)
-    token = row * stride_b + head * stride_h + d
+    token = row * stride_b + head.to(tl.int64) * stride_h + d
     taken = tl.load(position + row).to(tl.int32)
     if mask is not None:
         if tl.load(mask + row) == 0:

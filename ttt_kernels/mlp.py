@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import mlp_kernels as kernels
 from ._ops import add_op_namespace_prefix
-from .layout import first_groups, number_of_groups, same_layout
+from .layout import first_groups, number_of_groups, on_its_device, same_layout
 
 
 BLOCK = 32  # hidden units at a time
@@ -62,7 +62,8 @@ def _allocate_groups(q, state, token_scale, save):
     return [x.new_zeros(x.shape[1], groups, *x.shape[2:]) for x in state]
 
 
-@torch.library.custom_op(add_op_namespace_prefix("mlp_forward"), mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("mlp_forward"), mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+@on_its_device
 def mlp_forward(
     q: Tensor,
     k: Tensor,
@@ -130,7 +131,7 @@ def _(q, k, v, lr, token_scale, ln_weight, ln_bias, W1, b1, W2, b2, pending_k, p
     return torch.empty_like(q), *state, *_allocate_groups(q, state[:4], token_scale, save)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("mlp_backward"), mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("mlp_backward"), mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def mlp_backward(
     grads: list[Tensor],
     q: Tensor,
@@ -172,7 +173,8 @@ def mlp_backward(
     dW1, db1, dW2, db2 = dmodel
     db2_parts = db2.expand(-1, -1, F // D, -1).contiguous()
 
-    slots = GROUP + 1
+    mini_batches = _mini_batches(q, scale, starts, ends, packed)
+    slots = min(GROUP, mini_batches) + 1
     groups = (W1_group, b1_group, W2_group, b2_group)
     first_group = first_groups(starts if packed else None, q, rows, m, GROUP * m)
     again = [torch.empty_like(x) for x in (*pending, position)]  # the state at the end, known already
@@ -189,7 +191,6 @@ def mlp_backward(
     row_parts, db2_slot = dW1.new_empty(*by_slot, F // D, 2, m), dW1.new_empty(*by_slot, D)
     dscale, dln = torch.zeros_like(scale), torch.zeros_like(torch.stack((ln_weight, ln_bias), 1))
     sizes, chain_sizes = _sizes(q, scale, packed), _chain_sizes(lr)
-    mini_batches = _mini_batches(q, scale, starts, ends, packed)
     for first in reversed(range(0, mini_batches, GROUP)):
         last = min(first + GROUP, mini_batches)
         number = (first_group + first // GROUP).clamp(max=W1_group.shape[1] - 1)
@@ -260,6 +261,7 @@ mlp_forward.register_autograd(_backward, setup_context=_setup_context)
     add_op_namespace_prefix("mlp_decode"),
     mutates_args=("W1", "b1", "W2", "b2", "pending_k", "pending_u1", "pending_x2", "pending_u2"),
 )
+@on_its_device
 def mlp_decode(
     q: Tensor,
     k: Tensor,

@@ -69,7 +69,7 @@ def chain_step(
     count = tl.cdiv(end, M)
     if n > count:
         return
-    token = row * (1 - PACKED) * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
+    token = row * (1 - PACKED) * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
     k += token
     state = row * H + head
     f = block * D
@@ -186,7 +186,8 @@ def chain_step(
             if saves:
                 tl.store(b2_group + saved * D + d, b_2)
         if is_last:
-            tl.store(b2 + state * D + d, b_2)
+            if not FIRST:
+                tl.store(b2 + state * D + d, b_2)
             if head == 0:
                 tl.store(position_out + row, (end % M).to(tl.int64))
 
@@ -202,7 +203,7 @@ def outputs(
     first, taken, end, _ = span(row, position, starts, ends, T, PACKED, M, M)
     if n * M >= end:
         return
-    token = row * (1 - PACKED) * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
+    token = row * (1 - PACKED) * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
     state = row * H + head
     slot = state * S + n % S
     W1_slot += slot * D * F
@@ -250,7 +251,7 @@ def outputs_backward(
     first, taken, end, _ = span(row, position, starts, ends, T, PACKED, M, M)
     if n * M >= end:
         return
-    token = row * (1 - PACKED) * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
+    token = row * (1 - PACKED) * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
     state = row * H + head
     slot = state * S + n % S
     W1_slot += slot * D * F
@@ -361,7 +362,7 @@ def chain_step_backward(
     count = tl.cdiv(end, M)
     if n >= count:
         return
-    token = row * (1 - PACKED) * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
+    token = row * (1 - PACKED) * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
     q += token
     k += token
     v += token
@@ -415,10 +416,6 @@ def chain_step_backward(
         tl.store(db2, db_2 + tl.sum(dz + dy.to(tl.float32), axis=0))
 
         dx2_n = dot(dz_2, tl.trans(tl.load(W2_slot + slot * F * D + W2_tile)), zeros)
-        if after == 0:
-            is_pending = (slots < taken)[:, None]
-            begun = tl.load(dpending_x2 + pending_rows_f, mask=is_pending, other=0.0)
-            tl.store(dpending_x2 + pending_rows_f, begun + dx2_n, mask=is_pending)
         x_2, derivative = gelu(tl.load(z1 + slot * M * F + rows_f))
         dz = tl.load(carried + after % 2 * M * F) + dx2_n * derivative
         dz_1 = tl.where(valid[:, None], dz, 0.0).to(k_n.dtype)
@@ -491,7 +488,7 @@ def tokens_backward(
     first, taken, end, _ = span(row, position, starts, ends, T, PACKED, M, M)
     if n * M >= end:
         return
-    token = row * (1 - PACKED) * stride_b + head * stride_h + (first - taken).to(tl.int64) * stride_t
+    token = row * (1 - PACKED) * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
     lr_token = row * (1 - PACKED) * lr_stride_b + head * lr_stride_h + (first - taken).to(tl.int64) * lr_stride_t
     state = row * H + head
     slot = state * S + n % S
@@ -546,7 +543,7 @@ def decode(
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     state = row * H + head
     d, m, units = tl.arange(0, D), tl.arange(0, M), tl.arange(0, BLOCK)
-    token = row * stride_b + head * stride_h + d
+    token = row * stride_b + head.to(tl.int64) * stride_h + d
     taken = tl.load(position + row).to(tl.int32)
     if mask is not None:
         if tl.load(mask + row) == 0:
