@@ -184,6 +184,21 @@ def test_every_ttt_parameter_learns(models, layers, checkpointing):
         model.eval()
 
 
+@pytest.mark.parametrize("index", [0, 1])  # TTT-Linear and TTT-MLP
+def test_a_layer_compiles_without_a_graph_break(models, index):
+    layer = models("mixed").model.language_model.layers[index].ttt
+    hidden_states = torch.randn(2, 15, layer.config.hidden_size, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(2, 15, dtype=torch.long)
+    mask[0, :4] = 0
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    (actual, actual_grad), (expected, expected_grad) = (
+        (o, torch.autograd.grad(o.square().sum(), hidden_states)[0])
+        for o in (compiled(hidden_states, mask), layer(hidden_states, mask))
+    )
+    assert_close(actual, expected, 1e-8)
+    assert_close(actual_grad, expected_grad, 1e-8)
+
+
 def test_gradient_checkpointing_changes_no_gradient(models):
     model = models("mixed").train()
     input_ids = random_rows(0, [25])[0][None]
