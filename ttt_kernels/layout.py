@@ -48,18 +48,14 @@ def has_holes(attention_mask: torch.Tensor) -> torch.Tensor:
     return (mask.diff(dim=1, prepend=mask.new_zeros(mask.shape[0], 1)) == 1).sum(1).max() > 1
 
 
-def number_of_groups(q: torch.Tensor, rows: int, mini_batch_size: int, group: int) -> int:
-    """An upper bound on the groups (of `group` slots) of all rows, whatever their lengths; `span` counts them so."""
-    return (q.shape[0] * q.shape[2] + rows * (mini_batch_size - 1)) // group + rows
-
-
-def first_groups(
-    starts: torch.Tensor | None, q: torch.Tensor, rows: int, mini_batch_size: int, group: int
-) -> torch.Tensor:
-    """The first group of each row `[rows]`, as `span` counts them; `starts` of packed rows, else None."""
-    row = torch.arange(rows, device=q.device)
-    bound = row * q.shape[2] if starts is None else starts
+def first_group(bound: int | torch.Tensor, row: int | torch.Tensor, mini_batch_size: int, group: int):
+    """The first group (of `group` slots) of a row that has `bound` tokens in the rows before it, as in `span`."""
     return (bound + row * (mini_batch_size - 1)) // group + row
+
+
+def number_of_groups(q: torch.Tensor, rows: int, mini_batch_size: int, group: int) -> int:
+    """An upper bound on the groups (of `group` slots) of all rows, whatever their lengths."""
+    return first_group(q.shape[0] * q.shape[2], rows, mini_batch_size, group)
 
 
 def on_its_device(op: Callable) -> Callable:

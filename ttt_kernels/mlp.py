@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import mlp_kernels as kernels
 from ._ops import add_op_namespace_prefix
-from .layout import first_groups, number_of_groups, on_its_device, same_layout
+from .layout import first_group, number_of_groups, on_its_device, same_layout
 
 
 BLOCK = 32  # hidden units at a time
@@ -176,7 +176,8 @@ def mlp_backward(
     mini_batches = _mini_batches(q, scale, starts, ends, packed)
     slots = min(GROUP, mini_batches) + 1
     groups = (W1_group, b1_group, W2_group, b2_group)
-    first_group = first_groups(starts if packed else None, q, rows, m, GROUP * m)
+    row = torch.arange(rows, device=q.device)
+    begins = first_group(starts if packed else row * q.shape[2], row, m, GROUP * m)
     again = [torch.empty_like(x) for x in (*pending, position)]  # the state at the end, known already
     by_slot = (rows, heads, slots)
     z2_parts, z1, left, models = _workspace(q, dmodel, m, slots)
@@ -189,11 +190,11 @@ def mlp_backward(
     dh = q.new_empty(rows, heads, 2, m, F)
     taught, dk_parts = dW1.new_empty(*by_slot, F // D, m, D), dW1.new_empty(*by_slot, F // D + 1, m, D)
     row_parts, db2_slot = dW1.new_empty(*by_slot, F // D, 2, m), dW1.new_empty(*by_slot, D)
-    dscale, dln = torch.zeros_like(scale), torch.zeros_like(torch.stack((ln_weight, ln_bias), 1))
+    dscale, dln = torch.zeros_like(scale), scale.new_zeros(heads, 2, D)
     sizes, chain_sizes = _sizes(q, scale, packed), _chain_sizes(lr)
     for first in reversed(range(0, mini_batches, GROUP)):
         last = min(first + GROUP, mini_batches)
-        number = (first_group + first // GROUP).clamp(max=W1_group.shape[1] - 1)
+        number = (begins + first // GROUP).clamp(max=W1_group.shape[1] - 1)
         model = [x[:, number].transpose(0, 1).contiguous() for x in groups]
         for n in range(first, last + 1):
             kernels.chain_step[F // D, heads, rows](
