@@ -36,6 +36,12 @@ def span(row, position, starts, ends, T, PACKED: tl.constexpr, M: tl.constexpr, 
 
 
 @triton.jit
+def slot_0(row, head, first, taken, stride_b, stride_h, stride_t, PACKED: tl.constexpr):
+    """Offset of the first slot of a row and head, which is `taken` slots before its first token."""
+    return row * (1 - PACKED) * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
+
+
+@triton.jit
 def row_of_group(group, starts, T, R, PACKED: tl.constexpr, M: tl.constexpr, C: tl.constexpr, R_BLOCK: tl.constexpr):
     """The row that a group belongs to: the inverse of `span`."""
     rows = tl.arange(0, R_BLOCK)

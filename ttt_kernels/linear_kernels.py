@@ -28,6 +28,7 @@ from .common import (
     reach,
     row_means,
     row_of_group,
+    slot_0,
     span,
     store_rows,
 )
@@ -42,10 +43,10 @@ def chain_forward(
 ):  # fmt: skip
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first, taken, end, group = span(row, position, starts, ends, T, PACKED, M, G * M)
-    batch = row * (1 - PACKED)
-    k += batch * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
-    v += batch * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
-    lr += batch * lr_stride_b + head * lr_stride_h + (first - taken).to(tl.int64) * lr_stride_t
+    token = slot_0(row, head, first, taken, stride_b, stride_h, stride_t, PACKED)
+    k += token
+    v += token
+    lr += slot_0(row, head, first, taken, lr_stride_b, lr_stride_h, lr_stride_t, PACKED)
     u1 += (head.to(tl.int64) * groups + group) * G * M * D
     W1_group += (head.to(tl.int64) * groups + group) * D * D
     b1_group += (head.to(tl.int64) * groups + group) * D
@@ -145,7 +146,7 @@ def outputs(
     row = row_of_group(group, starts, T, R, PACKED, M, G * M, R_BLOCK).to(tl.int64)
     first, taken, end, first_group = span(row, position, starts, ends, T, PACKED, M, G * M)
     slot = (group - first_group) * G * M
-    token = row * (1 - PACKED) * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
+    token = slot_0(row, head, first, taken, stride_b, stride_h, stride_t, PACKED)
     q += token
     k += token
     o += token
@@ -203,7 +204,7 @@ def before_chain_backward(
     slot = (group - first_group) * G * M
     if slot + block * BLOCK >= end:
         return
-    token = row * (1 - PACKED) * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
+    token = slot_0(row, head, first, taken, stride_b, stride_h, stride_t, PACKED)
     q += token
     k += token
     v += token
@@ -277,7 +278,7 @@ def before_chain_backward(
     g_i = e_i - (tl.sum(e_i, axis=1) / D)[:, None] - mean_ex[:, None] * x_i
     tl.store(x + own + rows, x_i.to(x.dtype.element_ty))
     tl.store(g + own + rows, g_i.to(g.dtype.element_ty))
-    lr += row * (1 - PACKED) * lr_stride_b + head * lr_stride_h + (first - taken).to(tl.int64) * lr_stride_t
+    lr += slot_0(row, head, first, taken, lr_stride_b, lr_stride_h, lr_stride_t, PACKED)
     lr_i = tl.load(lr + slots * lr_stride_t, mask=valid, other=0.0).to(tl.float32)
     statistics += (workspace + slots) * 5
     tl.store(statistics, lr_i * rstd * rstd)
@@ -323,9 +324,9 @@ def chain_backward(
     """
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first, taken, end, group = span(row, position, starts, ends, T, PACKED, M, G * M)
-    batch = row * (1 - PACKED)
-    q += batch * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
-    k += batch * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
+    token = slot_0(row, head, first, taken, stride_b, stride_h, stride_t, PACKED)
+    q += token
+    k += token
     workspace = (head.to(tl.int64) * groups + group) * G
     dz_q += workspace * M * D
     db_q += workspace * D
@@ -408,7 +409,7 @@ def after_chain_backward(
     slot = (group - first_group) * G * M
     if slot + block * BLOCK >= end:
         return
-    token = row * (1 - PACKED) * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
+    token = slot_0(row, head, first, taken, stride_b, stride_h, stride_t, PACKED)
     q += token
     k += token
     pending_k += (row * H + head) * M * D
@@ -434,7 +435,7 @@ def after_chain_backward(
     r_i = x_i + bias - load_rows(v + token, stride_t, slots, valid, D).to(tl.float32) + k_i.to(tl.float32)
     de_i = load_rows(de + workspace * D, D, slots, exists, D)
     rstd = tl.load(statistics + (workspace + slots) * 5 + 4, mask=exists, other=0.0)
-    lr_token = row * (1 - PACKED) * lr_stride_b + head * lr_stride_h + (first - taken).to(tl.int64) * lr_stride_t
+    lr_token = slot_0(row, head, first, taken, lr_stride_b, lr_stride_h, lr_stride_t, PACKED)
     lr_i = tl.load(lr + lr_token + slots * lr_stride_t, mask=valid, other=0.0).to(tl.float32)
     dlr_i = rstd * tl.sum(de_i * w * r_i, axis=1)
     tl.store(dlr + lr_token + slots * lr_stride_t, dlr_i.to(dlr.dtype.element_ty), mask=valid)

@@ -15,7 +15,7 @@ the model at each of them.
 import triton
 import triton.language as tl
 
-from .common import EPS, dot, layer_norm, load_rows, matrix, reach, row_means, span, store_rows
+from .common import EPS, dot, layer_norm, load_rows, matrix, reach, row_means, slot_0, span, store_rows
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def chain_step(
     count = tl.cdiv(end, M)
     if n > count:
         return
-    token = row * (1 - PACKED) * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
+    token = slot_0(row, head, first, taken, stride_b, stride_h, stride_t, PACKED)
     k += token
     state = row * H + head
     f = block * D
@@ -107,7 +107,7 @@ def chain_step(
         if n == 1:
             k_n += tl.load(pending_k + rows_d, mask=is_pending, other=0.0).to(k_n.dtype)
         target = load_rows(v + token, stride_t, slots, valid, D).to(tl.float32) - k_n.to(tl.float32)
-        lr += row * (1 - PACKED) * lr_stride_b + head * lr_stride_h + (first - taken).to(tl.int64) * lr_stride_t
+        lr += slot_0(row, head, first, taken, lr_stride_b, lr_stride_h, lr_stride_t, PACKED)
         lr_n = tl.load(lr + slots * lr_stride_t, mask=valid, other=0.0).to(tl.float32)
         w, bias = tl.load(ln_weight + head * D + d)[None, :], tl.load(ln_bias + head * D + d)[None, :]
         b_2 = tl.load(b2_slot + before * D + d)
@@ -203,7 +203,7 @@ def outputs(
     first, taken, end, _ = span(row, position, starts, ends, T, PACKED, M, M)
     if n * M >= end:
         return
-    token = row * (1 - PACKED) * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
+    token = slot_0(row, head, first, taken, stride_b, stride_h, stride_t, PACKED)
     state = row * H + head
     slot = state * S + n % S
     W1_slot += slot * D * F
@@ -251,7 +251,7 @@ def outputs_backward(
     first, taken, end, _ = span(row, position, starts, ends, T, PACKED, M, M)
     if n * M >= end:
         return
-    token = row * (1 - PACKED) * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
+    token = slot_0(row, head, first, taken, stride_b, stride_h, stride_t, PACKED)
     state = row * H + head
     slot = state * S + n % S
     W1_slot += slot * D * F
@@ -362,11 +362,11 @@ def chain_step_backward(
     count = tl.cdiv(end, M)
     if n >= count:
         return
-    token = row * (1 - PACKED) * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
+    token = slot_0(row, head, first, taken, stride_b, stride_h, stride_t, PACKED)
     q += token
     k += token
     v += token
-    lr += row * (1 - PACKED) * lr_stride_b + head * lr_stride_h + (first - taken).to(tl.int64) * lr_stride_t
+    lr += slot_0(row, head, first, taken, lr_stride_b, lr_stride_h, lr_stride_t, PACKED)
     state = row * H + head
     f = block * D
     d, m = tl.arange(0, D), tl.arange(0, M)
@@ -488,8 +488,8 @@ def tokens_backward(
     first, taken, end, _ = span(row, position, starts, ends, T, PACKED, M, M)
     if n * M >= end:
         return
-    token = row * (1 - PACKED) * stride_b + head.to(tl.int64) * stride_h + (first - taken).to(tl.int64) * stride_t
-    lr_token = row * (1 - PACKED) * lr_stride_b + head * lr_stride_h + (first - taken).to(tl.int64) * lr_stride_t
+    token = slot_0(row, head, first, taken, stride_b, stride_h, stride_t, PACKED)
+    lr_token = slot_0(row, head, first, taken, lr_stride_b, lr_stride_h, lr_stride_t, PACKED)
     state = row * H + head
     slot = state * S + n % S
     d, m = tl.arange(0, D), tl.arange(0, M)
