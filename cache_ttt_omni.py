@@ -1,12 +1,14 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
-"""Layers for Transformers' `DynamicCache` that hold the state of TTT, and windowed attention with sinks."""
+"""Layers for Transformers' caches that hold the state of TTT, and windowed attention with sinks."""
+
+from collections.abc import Callable
 
 import torch
 from transformers import Cache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from .configuration_ttt_omni import SLIDING_LAYER_TYPES
-from .ops_ttt_omni import TTTState
+from .ops_ttt_omni import TTTLinearState, TTTMLPState, TTTState
 
 
 # Transformers' linear-attention layers could hold TTT's tensors, but neither repeat nor select them along the batch,
@@ -18,17 +20,102 @@ from .ops_ttt_omni import TTTState
 SEQUENCE_SHIFT = 40
 
 
-class FullAttentionLayer(DynamicLayer):
-    """Keys and values of all tokens. Transformers 5.17's own layer keeps their number when it is reset."""
+class OwnedTensorsMixin:
+    """All that a cache layer holds, as tensors whose first dimension is the batch: `names`, and the state of TTT."""
+
+    names: tuple[str, ...] = ("keys", "values")
+    ttt_state: TTTState | None = None  # before the first token, and where there is no TTT
+    columns_without_padding: int = 0  # how many of the last columns hold a token in every row
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the layer holds, by name; nothing before the first token."""
+        tensors = {name: getattr(self, name) for name in self.names if getattr(self, name) is not None}
+        state = {} if self.ttt_state is None else vars(self.ttt_state)
+        return tensors | {f"ttt.{name}": x for name, x in state.items()}
+
+    def load(self, tensors: dict[str, torch.Tensor], length: int) -> None:
+        """Take over what `tensors` of such a layer held after `length` tokens."""
+        if self.names:
+            self.lazy_initialization(tensors["keys"], tensors["values"])
+        for name in self.names:
+            setattr(self, name, tensors[name])
+        state = {name.removeprefix("ttt."): x for name, x in tensors.items() if name.startswith("ttt.")}
+        if state:
+            self.ttt_state = (TTTMLPState if "W2" in state else TTTLinearState)(**state)
+        if hasattr(self, "cumulative_length"):
+            self.cumulative_length = length
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace each tensor by what `function` makes of it."""
+        for name in self.names:
+            if getattr(self, name) is not None:
+                setattr(self, name, function(getattr(self, name)))
+        if self.ttt_state is not None:
+            self.ttt_state = self.ttt_state.map(function)
+
+    def update_ttt_state(self, state: TTTState, token_mask: torch.Tensor | None, length: int) -> None:
+        """Store the state after `length` more columns, which hold tokens where `token_mask` `[B, length]` is true."""
+        self.ttt_state = state
+        if token_mask is not None:
+            last_tokens = int(token_mask.flip(1).cumprod(1).sum(1).min())
+            self.columns_without_padding *= last_tokens == length
+            length = last_tokens
+        self.columns_without_padding += length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """
+        Forget the last columns (`tokens_to_remove` is negative, as elsewhere in Transformers).
+
+        Raises:
+            RuntimeError: if there is TTT, and that would go back past the start of a row's current mini-batch, or to
+                padding.
+        """
+        state, columns = self.ttt_state, abs(tokens_to_remove)
+        if state is not None and columns > 0:
+            if columns > self.columns_without_padding:
+                raise RuntimeError(
+                    f"Cannot take back {columns} columns: only the last {self.columns_without_padding} are known to "
+                    "hold a token in every row."
+                )
+            state = state.rewind(columns)
+        super().crop(tokens_to_remove)
+        self.ttt_state = state
+        self.columns_without_padding -= columns
 
     def reset(self) -> None:
-        self.keys = self.values = None
-        self.is_initialized = False
+        super().reset()
+        self.ttt_state = None
+        self.columns_without_padding = 0
+
+    def offload(self) -> None:
+        self.map(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self.map(lambda x: x.to(self.device, non_blocking=True))
+
+    def detach(self) -> None:
+        """Cut all off from the autograd graph, as for truncated backpropagation through time."""
+        self.map(torch.Tensor.detach)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.map(lambda x: x[indices.to(x.device)])
 
 
-class SlidingWindowLayer(DynamicLayer):
+class FullAttentionLayer(OwnedTensorsMixin, DynamicLayer):
+    """Keys and values of all tokens."""
+
+
+class SlidingWindowLayer(OwnedTensorsMixin, DynamicLayer):
     """Keys and values of each row's last `sliding_window - 1` and first `attention_sinks` tokens."""
 
+    names = ("keys", "values", "places")
     is_croppable = False
 
     def __init__(self, sliding_window: int, attention_sinks: int):
@@ -85,135 +172,63 @@ class SlidingWindowLayer(DynamicLayer):
     def get_max_length(self) -> int:
         return self.attention_sinks + self.sliding_window
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cumulative_length + query_length, 0
-
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:
             raise RuntimeError("A window cannot be cropped: the tokens that it would need again are gone.")
 
     def reset(self) -> None:
-        self.keys = self.values = self.places = None
-        self.is_initialized = False
-        self.cumulative_length = 0
-
-    def offload(self):
-        super().offload()
-        if self.is_initialized:
-            self.places = self.places.to("cpu", non_blocking=True)
-
-    def prefetch(self):
-        super().prefetch()
-        if self.is_initialized:
-            self.places = self.places.to(self.device, non_blocking=True)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        SlidingWindowLayer.batch_select_indices(self, beam_idx)  # and not also a subclass's, which reorders itself
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self.keys, self.values, self.places = (
-                x.repeat_interleave(repeats, dim=0) for x in (self.keys, self.values, self.places)
-            )
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.is_initialized:
-            indices = indices.to(self.keys.device)
-            self.keys, self.values, self.places = (x[indices] for x in (self.keys, self.values, self.places))
+        super().reset()
+        self.places = None
 
 
-class NoAttentionLayer(CacheLayerMixin):
-    """Counts the tokens of a layer that has no attention."""
+class TTTLayer(OwnedTensorsMixin, DynamicLayer):
+    """Cache of a `linear_attention` layer: the state of TTT, without keys and values."""
 
-    supports_early_init = False
+    names = ()
+    is_croppable = False
 
     def __init__(self):
         super().__init__()
         self.cumulative_length = 0
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def update(self, *args, **kwargs):
         raise NotImplementedError("A layer without attention has no keys and values.")
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        raise NotImplementedError("A layer without attention has no keys and values.")
+    def update_ttt_state(self, state: TTTState, token_mask: torch.Tensor | None, length: int) -> None:
+        super().update_ttt_state(state, token_mask, length)
+        self.cumulative_length += length
 
     def get_seq_length(self) -> int:
         return self.cumulative_length
 
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cumulative_length + query_length, 0
-
     def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
         self.cumulative_length -= abs(tokens_to_remove)
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None: ...
 
-    def batch_repeat_interleave(self, repeats: int) -> None: ...
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None: ...
-
-
-class TTTCacheMixin:
-    """Adds the state of TTT to a cache layer. `ttt_state` is `None` before the first token."""
-
-    is_croppable = False
-    ttt_state: TTTState | None = None
-
-    def update_ttt_state(self, state: TTTState, length: int) -> None:
-        """Store the state after `length` more tokens."""
-        self.ttt_state = state
-        if isinstance(self, NoAttentionLayer):
-            self.cumulative_length += length
-
-    def offload(self):
-        super().offload()
-        if self.ttt_state is not None:
-            self.ttt_state = self.ttt_state.to("cpu")
-
-    def reset(self) -> None:
-        super().reset()
-        self.ttt_state = None
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-        if self.ttt_state is not None:
-            self.ttt_state = self.ttt_state.select(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        if self.ttt_state is not None:
-            self.ttt_state = self.ttt_state.repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
-        if self.ttt_state is not None:
-            self.ttt_state = self.ttt_state.select(indices)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """
-        Forget the last tokens (`tokens_to_remove` is negative, as elsewhere in Transformers).
-
-        Raises:
-            RuntimeError: if that would go back past the start of a row's current mini-batch.
-        """
-        state = self.ttt_state if self.ttt_state is None else self.ttt_state.rewind(abs(tokens_to_remove))
-        super().crop(tokens_to_remove)
-        self.ttt_state = state
-
-
-class TTTLayer(TTTCacheMixin, NoAttentionLayer):
-    """Cache of a `linear_attention` layer."""
-
-
-class TTTAndFullAttentionLayer(TTTCacheMixin, FullAttentionLayer):
+class TTTAndFullAttentionLayer(FullAttentionLayer):
     """Cache of a `hybrid` layer."""
 
+    is_croppable = False  # further than the current mini-batch
 
-class TTTAndSlidingWindowLayer(TTTCacheMixin, SlidingWindowLayer):
+
+class TTTAndStaticFullAttentionLayer(OwnedTensorsMixin, StaticLayer):
+    """Cache of a `hybrid` layer whose keys and values take a buffer of fixed length."""
+
+    is_compileable = is_croppable = False
+
+
+class TTTAndSlidingWindowLayer(SlidingWindowLayer):
     """Cache of a `hybrid_sliding` layer."""
+
+
+LAYER_CLASSES = {
+    "full_attention": FullAttentionLayer,
+    "linear_attention": TTTLayer,
+    "hybrid": TTTAndFullAttentionLayer,
+    "hybrid_sliding": TTTAndSlidingWindowLayer,
+    "sliding_attention": SlidingWindowLayer,
+}
 
 
 def add_ttt_layers(cache: Cache, config: PreTrainedConfig) -> None:
@@ -221,31 +236,44 @@ def add_ttt_layers(cache: Cache, config: PreTrainedConfig) -> None:
     Give `cache` the layers of this module wherever `config.layer_types` asks for them.
 
     Raises:
-        ValueError: if the cache was already used by a model with other layers.
+        TypeError: if it is no cache of Transformers.
+        ValueError: if it was already used by a model with other layers.
     """
-    if cache.layer_class_to_replicate is not None:
-        cache.layers += [cache.layer_class_to_replicate() for _ in range(len(cache.layers), config.num_hidden_layers)]
-        cache.layer_class_to_replicate = None
-    classes = {
-        "full_attention": FullAttentionLayer,
-        "linear_attention": TTTLayer,
-        "hybrid": TTTAndFullAttentionLayer,
-        "hybrid_sliding": TTTAndSlidingWindowLayer,
-        "sliding_attention": SlidingWindowLayer,
-    }
-    for layer_idx, layer_type in enumerate(config.layer_types):
-        layer = cache.layers[layer_idx]
-        is_used = getattr(layer, "is_initialized", False)
-        if type(layer) is classes[layer_type]:
-            continue
-        if layer_type == "full_attention" and (is_used or type(layer) is not DynamicLayer):
-            continue  # full attention can do with any layer, such as a quantized one
-        if is_used:
-            raise ValueError(
-                f"Layer {layer_idx} of the cache is a used {type(layer).__name__}, but the model's is of type "
-                f"{layer_type!r}: start from an empty `DynamicCache`."
-            )
-        kwargs = {}
-        if layer_type in SLIDING_LAYER_TYPES:
-            kwargs = {"sliding_window": config.sliding_window, "attention_sinks": config.attention_sinks}
-        cache.layers[layer_idx] = classes[layer_type](**kwargs)
+    if not isinstance(getattr(cache, "layers", None), list):
+        raise TypeError(
+            f"`cache` must be a cache of Transformers, such as `DynamicCache()`, got {type(cache).__name__}."
+        )
+    cache.layers += [DynamicLayer() for _ in range(len(cache.layers), config.num_hidden_layers)]
+    if len(cache.layers) > config.num_hidden_layers:
+        raise ValueError(
+            f"The cache has {len(cache.layers)} layers and the model {config.num_hidden_layers}: start from an empty "
+            "`DynamicCache`."
+        )
+    for index, layer_type in enumerate(config.layer_types):
+        cache.layers[index] = _layer_for(layer_type, cache.layers[index], index, config)
+
+
+def _layer_for(layer_type: str, layer, index: int, config: PreTrainedConfig):
+    """The cache layer of a layer of the model in the place of `layer`, or that itself if it will do."""
+    layer_class, kwargs = LAYER_CLASSES[layer_type], {}
+    is_static = isinstance(layer, StaticLayer)
+    if layer_type == "hybrid" and is_static:
+        layer_class, kwargs = TTTAndStaticFullAttentionLayer, {"max_cache_len": layer.max_cache_len}
+    elif layer_type in SLIDING_LAYER_TYPES:
+        kwargs = {"sliding_window": config.sliding_window, "attention_sinks": config.attention_sinks}
+    if type(layer) is layer_class:
+        return layer
+    new_layer = layer_class(**kwargs)
+    if layer_type == "full_attention":
+        if type(layer) is DynamicLayer:
+            vars(new_layer).update(vars(layer))
+            return new_layer
+        is_ours = isinstance(layer, OwnedTensorsMixin)
+        if is_static or (isinstance(layer, DynamicLayer) and not layer.is_sliding and not is_ours):
+            return layer  # full attention can do with any layer, such as a quantised one
+    if getattr(layer, "is_initialized", False) and layer.get_seq_length() > 0:
+        raise ValueError(
+            f"Layer {index} of the cache is a used {type(layer).__name__}, but the model's is of type {layer_type!r}: "
+            "start from an empty `DynamicCache`."
+        )
+    return new_layer

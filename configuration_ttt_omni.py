@@ -357,7 +357,7 @@ class TTTOmniConfig(PreTrainedConfig):
         "speech_decoder_config": TTTOmniSpeechDecoderConfig,
         "vocoder_config": TTTOmniVocoderConfig,
     }
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "ctc_loss", "last_hidden_state", "lm_loss"]
 
     text_config: dict | PreTrainedConfig | None = None
     audio_config: dict | PreTrainedConfig | None = None

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoTokenizer, Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput, logging
+from transformers.utils.deprecation import deprecate_kwarg
 
+from .cache_ttt_omni import add_ttt_layers
 from .configuration_ttt_omni import audio_embedding_lengths
 from .memory_ttt_omni import TTTOmniMemory
 from .streaming_ttt_omni import TTTOmniStreamer, TTTOmniStreamEvent, check_speaks, decode_steps
@@ -28,14 +30,14 @@ class TTTOmniGenerateOutput(ModelOutput):
         sequences: `[B, prompt + new]`, as of any text model.
         units: B tensors `[U]`, the speech units of each row's answer.
         waveform: B float32 tensors `[samples]` at 16 kHz; `None` if the model has no vocoder.
-        past_key_values: the cache, for the next turn of the conversation.
+        cache: the cache, for the next turn of the conversation.
         sequences_scores, scores, logits, beam_indices, attentions, hidden_states: as in Transformers, where asked for.
     """
 
     sequences: torch.LongTensor | None = None
     units: list[torch.LongTensor] | None = None
     waveform: list[torch.FloatTensor] | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     sequences_scores: torch.FloatTensor | None = None
     scores: tuple[torch.FloatTensor] | None = None
     logits: tuple[torch.FloatTensor] | None = None
@@ -48,6 +50,7 @@ class TTTOmniGenerationMixin(GenerationMixin):
     """Transformers' generation, from spoken prompts and with spoken answers."""
 
     @torch.no_grad()
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def generate(
         self,
         inputs: torch.Tensor | None = None,
@@ -122,7 +125,7 @@ class TTTOmniGenerationMixin(GenerationMixin):
         """
         if memory is None:
             memory = TTTOmniMemory(DynamicCache(config=self.config), torch.empty(1, 0, dtype=torch.long))
-        cache = memory.past_key_values
+        cache = memory.cache
         last = {"input_ids": memory.input_ids[:, cache.get_seq_length() :]}
         memory.input_ids = memory.input_ids[:, : cache.get_seq_length()]
         for piece in pieces:
@@ -136,9 +139,9 @@ class TTTOmniGenerationMixin(GenerationMixin):
         yield memory
 
     def _hear(self, piece, memory):
-        embeds = self.model.embed(**{name: x.to(self.device) for name, x in piece.items()})
+        embeds = self.model.embed(**{name: self._to_device(x) for name, x in piece.items()})
         for step in embeds.split(TOKENS_PER_STEP, dim=1):
-            self.model(inputs_embeds=step, past_key_values=memory.past_key_values, use_cache=True)
+            self.model(inputs_embeds=step, cache=memory.cache, use_cache=True)
         self._remember(piece["input_ids"], memory)
 
     def _remember(self, input_ids, memory):
@@ -221,10 +224,13 @@ class TTTOmniGenerationMixin(GenerationMixin):
         return self.speech_decoder.collapse(frames)
 
     def _embed_prompt(
-        self, input_ids, input_features, input_features_mask=None, past_key_values=None, attention_mask=None, **kwargs
+        self, input_ids, input_features, input_features_mask=None, cache=None, attention_mask=None, **kwargs
     ):
         """Embeddings of the part of the prompt that the cache does not hold yet, and where that part starts."""
-        start = 0 if past_key_values is None else past_key_values.get_seq_length()
+        start = 0
+        if cache is not None:
+            add_ttt_layers(cache, self.config.get_text_config())
+            start = int(cache.get_seq_length())
         # As in Transformers: with a cache, a mask as long as `input_ids` says that these are the whole conversation.
         is_whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
         if start > 0 and is_whole:
@@ -235,7 +241,7 @@ class TTTOmniGenerationMixin(GenerationMixin):
             input_features_mask = None if input_features_mask is None else input_features_mask[is_new]
         if input_features.shape[0] == 0:
             input_features = None
-        embeds = self.model.embed(input_ids.to(self.device), input_features, input_features_mask)
+        embeds = self.model.embed(self._to_device(input_ids), input_features, input_features_mask)
         return {"prompt_embeds": embeds, "prompt_start": start}
 
     def _is_new_window(self, is_audio, start, input_features, input_features_mask):
@@ -271,20 +277,29 @@ class TTTOmniGenerationMixin(GenerationMixin):
             eos = getattr(config, "eos_token_id", None) if eos is None else eos
         return set() if eos is None else set(torch.as_tensor(eos).flatten().tolist())
 
+    def _to_device(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` where this model is; where its weights are offloaded, their hooks move it."""
+        return x if self.device.type == "meta" else x.to(self.device)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if model_kwargs.get("cache") is not None:  # before Transformers asks it for the number of its tokens
+            add_ttt_layers(model_kwargs["cache"], self.config.get_text_config())
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         prompt_embeds: torch.Tensor | None = None,
         prompt_start: int = 0,
         state_sinks: list[Callable[[torch.Tensor], None]] | None = None,
         **kwargs,
     ) -> dict:
-        model_inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        model_inputs = super().prepare_inputs_for_generation(input_ids, cache=cache, **kwargs)
         if prompt_embeds is None or model_inputs.get("input_ids") is None:
             return model_inputs
         input_ids = model_inputs["input_ids"]
-        start = 0 if past_key_values is None else past_key_values.get_seq_length() - prompt_start
+        start = 0 if cache is None else int(cache.get_seq_length()) - prompt_start
         embeds = prompt_embeds[:, start : start + input_ids.shape[1]]
         if embeds.shape[1] > 0:
             new_embeds = self.get_input_embeddings()(input_ids[:, embeds.shape[1] :])

@@ -1,11 +1,12 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 """The decoder layer of TTT-Omni: Llama's, with windowed attention and Test-Time Training."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -17,7 +18,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from .cache_ttt_omni import SEQUENCE_SHIFT, SlidingWindowLayer
+from .cache_ttt_omni import SEQUENCE_SHIFT, OwnedTensorsMixin, SlidingWindowLayer
 from .configuration_ttt_omni import SLIDING_LAYER_TYPES, TTT_LAYER_TYPES, TTTOmniTextConfig
 from .ops_ttt_omni import TTTLinearState, TTTMLPState, ttt_linear, ttt_mlp
 
@@ -34,6 +35,64 @@ class TTTOmniRotaryEmbedding(LlamaRotaryEmbedding):
         cos = emb.cos() * self.attention_scaling
         sin = emb.sin() * self.attention_scaling
         return cos.to(x.device, x.dtype), sin.to(x.device, x.dtype)
+
+
+class TokenLayout(NamedTuple):
+    """Where the B rows of T tokens of a forward pass stand, for all layers alike."""
+
+    position_ids: torch.LongTensor  # [B, T], of the rotary embedding
+    places: torch.LongTensor  # [B, T], see `SEQUENCE_SHIFT`
+    mask: torch.Tensor | None = None  # [B, T], false for padding
+    cu_seqlens: torch.LongTensor | None = None  # [n + 1], bounds of n packed sequences in the B * T tokens
+
+
+def lay_out_tokens(
+    batch_size: int,
+    length: int,
+    past_length: int,
+    device: torch.device,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.LongTensor | None = None,
+    cu_seqlens: torch.LongTensor | None = None,
+    may_be_packed: bool = False,
+) -> TokenLayout:
+    """
+    Args:
+        attention_mask: `[B, past_length + T]`, 0 for padding.
+        position_ids: `[B, T]` or `[1, T]`; by default those of the tokens among the row's that are no padding.
+        cu_seqlens: `[n + 1]`, bounds of packed sequences.
+        may_be_packed: whether `position_ids` that restart tell where packed sequences begin.
+
+    Raises:
+        ValueError: if the mask is not that of these tokens and of all before.
+    """
+    mask, places = None, torch.arange(length, device=device).expand(batch_size, -1) + past_length
+    if attention_mask is not None:
+        if attention_mask.shape != (batch_size, past_length + length):
+            raise ValueError(
+                f"`attention_mask` must have the shape {(batch_size, past_length + length)} of the {past_length} "
+                f"tokens in the cache and the {length} new ones, got {tuple(attention_mask.shape)}."
+            )
+        attention_mask = attention_mask.to(device, torch.bool)
+        mask = attention_mask[:, past_length:]
+        places = torch.where(mask, attention_mask.cumsum(1)[:, past_length:] - 1, -1)
+        if length == 1 and not torch.compiler.is_compiling() and bool(mask.all()):
+            mask = None
+    if position_ids is None:
+        return TokenLayout(places.clamp(min=0), places, mask, cu_seqlens)
+    if may_be_packed:
+        rows = position_ids.expand(batch_size, -1)
+        sequences = (rows.diff(prepend=rows[:, :1] - 1) != 1).cumsum(1)  # [B, T]
+        if torch.compiler.is_compiling() or bool(sequences[:, -1].any()):
+            places = rows + (sequences << SEQUENCE_SHIFT)
+            cu_seqlens = _bounds(sequences) if cu_seqlens is None else cu_seqlens
+    return TokenLayout(position_ids, places, mask, cu_seqlens)
+
+
+def _bounds(sequences: torch.LongTensor) -> torch.LongTensor:
+    """`cu_seqlens` of the flattened rows from the index `[B, T]` of each token's sequence in its row."""
+    starts = sequences.diff(prepend=sequences[:, :1] - 1).flatten().nonzero().flatten()
+    return torch.cat([starts, starts.new_tensor([sequences.numel()])])
 
 
 def _index(places: torch.LongTensor) -> torch.LongTensor:
@@ -65,15 +124,17 @@ class TTTOmniSlidingAttention(LlamaAttention):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        *,
         places: torch.LongTensor,
-        past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         window = self.config.sliding_window
-        if past_key_values is None:
+        if cache is None:
             layer = SlidingWindowLayer(window, self.config.attention_sinks)
         else:
-            layer = past_key_values.layers[self.layer_idx]
+            layer = cache.layers[self.layer_idx]
             layer.prefetch()
         # In blocks, so that the scores of T tokens take T * window memory; the cache makes that the same attention.
         outputs, weights = [], []
@@ -104,7 +165,8 @@ class TTTOmniSlidingAttention(LlamaAttention):
         # One attention over both rotations: a key takes the first half of the width, a sink the second one.
         is_sink = (key_places >= 0) & (_index(key_places) < self.config.attention_sinks)  # [B, L + T]
         query = torch.cat([query, query_to_sinks], dim=-1)
-        keys = torch.cat([keys * ~is_sink[:, None, :, None], keys * is_sink[:, None, :, None]], dim=-1)
+        of_sink = is_sink[:, None, :, None]
+        keys = torch.cat([keys.masked_fill(of_sink, 0), keys.masked_fill(~of_sink, 0)], dim=-1)
 
         key_places, query_places = key_places[:, None, :], places[:, :, None]
         in_window = query_places - key_places < self.config.sliding_window
@@ -253,7 +315,7 @@ class TTTOmniTTT(nn.Module):
         hidden_states: torch.Tensor,
         token_mask: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
-        cache_layer: CacheLayerMixin | None = None,
+        cache_layer: OwnedTensorsMixin | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -293,7 +355,7 @@ class TTTOmniTTT(nn.Module):
             inplace=inplace,
         )
         if cache_layer is not None:
-            cache_layer.update_ttt_state(new_state, input_shape[1])
+            cache_layer.update_ttt_state(new_state, token_mask, input_shape[1])
         o = o.transpose(1, 2).reshape(*input_shape[:-1], -1)  # [B, T, H * D]
         return self.o_proj(self.post_norm(o))
 
@@ -336,56 +398,56 @@ class TTTOmniDecoderLayer(LlamaDecoderLayer):
 
     def __init__(self, config: TTTOmniTextConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        layer_type = config.layer_types[layer_idx]
-        if layer_type == "linear_attention":
-            del self.self_attn
-        elif layer_type in SLIDING_LAYER_TYPES:
-            self.self_attn = TTTOmniSlidingAttention(config, layer_idx)
-        if layer_type in TTT_LAYER_TYPES:
-            self.ttt = TTTOmniTTT(config, layer_idx)
-            if layer_type != "linear_attention":
-                self.ttt_gate = TTTOutputGate(config.hidden_size)
         self.layer_idx = layer_idx
-        self.layer_type = layer_type
+        self.layer_type = config.layer_types[layer_idx]
+        if self.is_sliding:
+            self.self_attn = TTTOmniSlidingAttention(config, layer_idx)
+        if self.layer_type in TTT_LAYER_TYPES:
+            self.ttt = TTTOmniTTT(config, layer_idx)
+            if self.layer_type == "linear_attention":
+                self.self_attn = None
+            else:
+                self.ttt_gate = TTTOutputGate(config.hidden_size)
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether its attention has a window, and takes the rotations of [`TTTOmniSlidingRotaryEmbedding`]."""
+        return self.layer_type in SLIDING_LAYER_TYPES
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        places: torch.LongTensor | None = None,
-        sliding_position_embeddings: tuple[torch.Tensor, ...] | None = None,
-        token_mask: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, ...],
+        layout: TokenLayout,
+        cache: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: `[B, T, hidden_size]`.
+            attention_mask: what Transformers' attention takes; a window makes its own.
+            position_embeddings: rotations of the kind that the layer's attention takes.
+            layout: where the tokens stand.
+            cache: of the tokens before, which is written to.
+        """
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
-        mixed = []
-        if self.layer_type in SLIDING_LAYER_TYPES:
-            mixed.append(
-                self.self_attn(hidden_states, sliding_position_embeddings, places, past_key_values, **kwargs)[0]
-            )
-        elif self.layer_type != "linear_attention":
-            attended, _ = self.self_attn(
-                hidden_states=hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **kwargs,
-            )
-            mixed.append(attended)
+        mixed = self._attend(hidden_states, attention_mask, position_embeddings, layout, cache, **kwargs)
         if self.layer_type in TTT_LAYER_TYPES:
-            cache_layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-            remembered = self.ttt(hidden_states, token_mask, cu_seqlens, cache_layer)
-            mixed.append(remembered if self.layer_type == "linear_attention" else self.ttt_gate(remembered))
-        hidden_states = residual + sum(mixed)
+            cache_layer = None if cache is None else cache.layers[self.layer_idx]
+            remembered = self.ttt(hidden_states, layout.mask, layout.cu_seqlens, cache_layer)
+            mixed = remembered if mixed is None else mixed + self.ttt_gate(remembered)
+        hidden_states = residual + mixed
 
         residual = hidden_states
         hidden_states = self.post_attention_layernorm(hidden_states)
         return residual + self.mlp(hidden_states)
+
+    def _attend(self, hidden_states, attention_mask, position_embeddings, layout, cache, **kwargs):
+        """Attention's part `[B, T, hidden_size]`, `None` in a layer without."""
+        if self.self_attn is None:
+            return None
+        kwargs |= {"places": layout.places} if self.is_sliding else {"position_ids": layout.position_ids}
+        # By position: an argument that is renamed would disappear in the attention's `**kwargs`.
+        return self.self_attn(hidden_states, position_embeddings, attention_mask, cache, **kwargs)[0]

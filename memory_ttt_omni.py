@@ -4,21 +4,47 @@
 import hashlib
 import json
 import os
-from dataclasses import dataclass, fields
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import align_module_device
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import Cache, DynamicCache
+from transformers.utils.deprecation import deprecate_kwarg
 
-from .cache_ttt_omni import NoAttentionLayer, SlidingWindowLayer, TTTCacheMixin, add_ttt_layers
-from .ops_ttt_omni import TTTLinearState, TTTMLPState
+from .cache_ttt_omni import LAYER_CLASSES, add_ttt_layers
+from .configuration_ttt_omni import SLIDING_LAYER_TYPES, TTT_LAYER_TYPES
+from .ops_ttt_omni import with_pending_rows
 
 
 FORMAT = "ttt_omni_memory"
-VERSION = "1"
+VERSION = "2"
+# The metadata of a file by its version, besides the checksum.
+FIELDS = {
+    "1": {"format", "version", "fingerprint", "lengths"},
+    "2": {"format", "version", "fingerprint", "length", "metadata"},
+}
 SAMPLES_PER_PARAMETER = 64
+WEIGHTS = "weights"  # the tensor of samples, by which a memory knows its model
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# A weight differs by less between a checkpoint in float32 and what float16 or bfloat16 make of it.
+RELATIVE_ROUNDING, ABSOLUTE_ROUNDING = 2**-7, 1e-7
+# What of the text model's config a memory depends on, besides what `ttt_` fields say.
+CONFIG_FIELDS = (
+    "layer_types",
+    "sliding_window",
+    "attention_sinks",
+    "rope_parameters",
+    "rms_norm_eps",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 
 
 @dataclass
@@ -27,12 +53,12 @@ class TTTOmniMemory:
     A conversation as it was saved.
 
     Args:
-        past_key_values: the cache, on the devices and in the dtype of the model.
+        cache: on the devices and in the dtype of the model.
         input_ids: `[B, T]`, the tokens of the conversation, if they were saved.
         attention_mask: `[B, T]`, 0 for padding, if it was saved.
     """
 
-    past_key_values: Cache
+    cache: Cache
     input_ids: torch.LongTensor | None = None
     attention_mask: torch.LongTensor | None = None
 
@@ -40,46 +66,55 @@ class TTTOmniMemory:
 class TTTOmniMemoryMixin:
     """Saving and loading of conversations."""
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def save_memory(
         self,
         path: str | os.PathLike,
-        past_key_values: Cache,
+        cache: Cache,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.LongTensor | None = None,
+        metadata: dict[str, str] | None = None,
     ) -> None:
         """
-        Save a conversation: keys and values, TTT states and positions, and a fingerprint of this model.
+        Save a conversation: keys and values, TTT states and positions, and by what its model is known again.
 
         Args:
             path: of the safetensors file; it is replaced as a whole, once all is written.
-            past_key_values: the cache that `generate` or `forward` filled.
+            cache: that `generate` or `forward` filled.
             input_ids, attention_mask: `[B, T]`, the conversation so far, to go on from with the next turn.
+            metadata: what else [`memory_metadata`] shall find in the file.
 
         Raises:
-            ValueError: if the cache is empty, or a tensor-parallel model has only a part of it in this process.
+            ValueError: if the cache is empty, static or has values that are not finite, or a tensor-parallel model has
+                only a part of it in this process.
         """
         self._require_all_heads()
-        tensors, lengths = {}, []
-        add_ttt_layers(past_key_values, self.config.get_text_config())
-        for index, layer in enumerate(past_key_values.layers):
-            lengths.append(layer.get_seq_length())
-            tensors.update({f"layers.{index}.{name}": x for name, x in _layer_tensors(layer).items()})
-        if not any(lengths):
+        add_ttt_layers(cache, self.config.get_text_config())
+        tensors, lengths = {}, set()
+        for index, layer in enumerate(cache.layers):
+            if not isinstance(layer, tuple(LAYER_CLASSES.values())):
+                raise ValueError(
+                    f"Layer {index} of the cache is a {type(layer).__name__}: only a `DynamicCache` is saved."
+                )
+            lengths.add(layer.get_seq_length())
+            tensors |= {f"layers.{index}.{name}": x for name, x in layer.tensors().items()}
+        if lengths == {0}:
             raise ValueError("There is nothing to save: the cache is empty.")
-        conversation = {"input_ids": input_ids, "attention_mask": attention_mask}
-        tensors.update({name: x for name, x in conversation.items() if x is not None})
+        conversation = {"input_ids": input_ids, "attention_mask": attention_mask, WEIGHTS: self._weight_samples()}
+        tensors |= {name: x for name, x in conversation.items() if x is not None}
         tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-        metadata = {
+        self._check_memory(tensors, lengths)
+        fields = {
             "format": FORMAT,
             "version": VERSION,
-            "fingerprint": self.memory_fingerprint(),
-            "checksum": _checksum(tensors),
-            "lengths": json.dumps(lengths),
+            "fingerprint": self._config_fingerprint(),
+            "length": str(*lengths),
+            "metadata": json.dumps(metadata or {}),
         }
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            save_file(tensors, temporary, metadata)
+            save_file(tensors, temporary, fields | {"checksum": _checksum(tensors, fields)})
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -94,30 +129,29 @@ class TTTOmniMemoryMixin:
                 is tensor-parallel.
         """
         self._require_all_heads()
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"No saved conversation at {path}.")
+        tensors, fields = _read(Path(path))
+        another = f"{path} belongs to another model: a memory means nothing to other weights or layers."
+        if fields["version"] == "1":
+            is_ours, lengths = fields["fingerprint"] == self._fingerprint_1(), set(json.loads(fields["lengths"]))
+        else:
+            samples, lengths = tensors.pop(WEIGHTS), {int(fields["length"])}
+            is_ours = fields["fingerprint"] == self._config_fingerprint() and _agree(samples, self._weight_samples())
+        if not is_ours:
+            raise ValueError(another)
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or no safetensors file ({error}).") from error
-        if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
-            raise ValueError(f"{path} is no conversation that this version of TTT-Omni saved.")
-        if metadata["checksum"] != _checksum(tensors):
-            raise ValueError(f"{path} is damaged: its checksum does not fit its content.")
-        if metadata["fingerprint"] != self.memory_fingerprint():
-            raise ValueError(f"{path} belongs to another model: a memory means nothing to other weights or layers.")
+            self._check_memory(tensors, lengths)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
 
         cache = DynamicCache(config=self.config)
         add_ttt_layers(cache, self.config.get_text_config())
-        layers = self.model.language_model.layers
-        for index, (layer, length) in enumerate(zip(cache.layers, json.loads(metadata["lengths"]))):
+        for index, layer in enumerate(cache.layers):
+            norm = self.model.language_model.layers[index].input_layernorm
+            device = getattr(getattr(norm, "_hf_hook", None), "execution_device", None) or norm.weight.device
             prefix = f"layers.{index}."
-            found = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-            weight = layers[index].input_layernorm.weight
-            _fill_layer(layer, found, length, weight.device, weight.dtype)
+            found = {name.removeprefix(prefix): x.to(device) for name, x in tensors.items() if name.startswith(prefix)}
+            found |= {name: found[name].to(norm.weight.dtype) for name in ("keys", "values") if name in found}
+            layer.load(found, *lengths)
         return TTTOmniMemory(cache, tensors.get("input_ids"), tensors.get("attention_mask"))
 
     def _require_all_heads(self) -> None:
@@ -127,12 +161,81 @@ class TTTOmniMemoryMixin:
                 "memories with a model that is not divided."
             )
 
-    def memory_fingerprint(self) -> str:
-        """
-        A digest of the language model's layers, sizes and weights, the same in any dtype and on any device.
+    def _check_memory(self, tensors: dict[str, torch.Tensor], lengths: set[int]) -> None:
+        """Raises `ValueError` unless `tensors` are those of a conversation with this model."""
+        if len(lengths) != 1 or min(lengths) < 1:
+            raise ValueError(f"its layers hold different numbers of tokens, {sorted(lengths)}.")
+        (length,) = lengths
+        rows = next((x.shape[0] for name, x in tensors.items() if name.startswith("layers.") and x.ndim), 0)
+        expected = {
+            f"layers.{index}.{name}": shape
+            for index in range(len(self.model.language_model.layers))
+            for name, shape in self._layer_shapes(index, rows, length).items()
+        }
+        conversation = {"input_ids", "attention_mask", WEIGHTS}
+        if strange := sorted(tensors.keys() - conversation ^ expected.keys()):
+            raise ValueError(f"the tensor `{strange[0]}` is missing, or has no place in this model.")
+        for name, shape in expected.items():
+            x, is_integer = tensors[name], name.endswith(("places", "position"))
+            if x.shape != shape or x.dtype not in ([torch.int64] if is_integer else FLOATS):
+                raise ValueError(f"`{name}` has the shape {tuple(x.shape)} and {x.dtype}, expected {tuple(shape)}.")
+            if not is_integer and not x.isfinite().all():
+                raise ValueError(f"`{name}` has values that are not finite.")
+            first, end = (-1, length) if name.endswith("places") else (0, self.config.text_config.ttt_mini_batch_size)
+            if is_integer and x.numel() and not first <= x.min() <= x.max() < end:
+                raise ValueError(f"`{name}` is not between {first} and {end - 1}.")
+        ids, mask = tensors.get("input_ids"), tensors.get("attention_mask")
+        for name, x, end in (("input_ids", ids, self.config.text_config.vocab_size), ("attention_mask", mask, 2)):
+            if x is not None and not (x.ndim == 2 and x.shape[0] == rows and not x.is_floating_point()):
+                raise ValueError(
+                    f"`{name}` has the shape {tuple(x.shape)} and {x.dtype}, expected {rows} rows of integers."
+                )
+            if x is not None and x.numel() and not 0 <= x.min() <= x.max() < end:
+                raise ValueError(f"`{name}` is not between 0 and {end - 1}.")
 
-        Of each weight a fixed sample is read, so that it takes no time on models of any size.
+    def _layer_shapes(self, index: int, rows: int, length: int) -> dict[str, torch.Size]:
+        """The shapes of what a layer's cache holds of `rows` conversations of `length` tokens."""
+        config, shapes = self.config.get_text_config(), {}
+        layer_type = config.layer_types[index]
+        if layer_type != "linear_attention":
+            columns = length
+            if layer_type in SLIDING_LAYER_TYPES:
+                columns = min(length, config.attention_sinks + config.sliding_window - 1)
+                shapes["places"] = torch.Size([rows, columns])
+            shape = torch.Size([rows, config.num_key_value_heads, columns, config.head_dim])
+            shapes |= {"keys": shape, "values": shape}
+        if layer_type in TTT_LAYER_TYPES:
+            state = self.model.language_model.layers[index].ttt.inner_model(rows)
+            state = with_pending_rows(state, config.ttt_mini_batch_size)
+            shapes |= {f"ttt.{name}": x.shape for name, x in vars(state).items()}
+        return shapes
+
+    def _config_fingerprint(self) -> str:
+        """A digest of the language model's layers and sizes."""
+        config = self.config.get_text_config()
+        names = [*CONFIG_FIELDS, *sorted(name for name in config.to_dict() if name.startswith("ttt_"))]
+        values = {name: getattr(config, name) for name in names}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    def _weight_samples(self) -> torch.Tensor:
         """
+        A fixed sample `[P, 64]` of each of the language model's parameters, in float32, wherever they are; NaN for
+        those that are quantised.
+        """
+        samples = []
+        for module in self.model.language_model.modules():
+            with align_module_device(module):  # offloaded weights
+                for parameter in module.parameters(recurse=False):
+                    sample = torch.full((SAMPLES_PER_PARAMETER,), torch.nan)
+                    if parameter.dtype in FLOATS:
+                        step = max(parameter.numel() // SAMPLES_PER_PARAMETER, 1)
+                        values = parameter.detach().flatten()[::step][:SAMPLES_PER_PARAMETER]
+                        sample[: len(values)] = values.float().cpu()
+                    samples.append(sample)
+        return torch.stack(samples)
+
+    def _fingerprint_1(self) -> str:
+        """The digest of layers and weights in files of version 1."""
         digest = hashlib.sha256()
         config = self.config.get_text_config()
         for field in ("layer_types", "sliding_window", "attention_sinks", "rope_parameters", "rms_norm_eps"):
@@ -148,34 +251,52 @@ class TTTOmniMemoryMixin:
         return digest.hexdigest()
 
 
-def _layer_tensors(layer) -> dict[str, torch.Tensor]:
-    tensors = {}
-    if getattr(layer, "is_initialized", False) and not isinstance(layer, NoAttentionLayer):
-        tensors = {"keys": layer.keys, "values": layer.values}
-        if isinstance(layer, SlidingWindowLayer):
-            tensors["places"] = layer.places
-    if isinstance(layer, TTTCacheMixin) and layer.ttt_state is not None:
-        state = layer.ttt_state
-        tensors.update({f"ttt.{field.name}": getattr(state, field.name) for field in fields(state)})
-    return tensors
+def memory_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """
+    What `save_memory(metadata=…)` wrote beside a conversation.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, or none of `save_memory`.
+    """
+    _, fields = _read(Path(path))
+    return json.loads(fields.get("metadata", "{}"))
 
 
-def _fill_layer(layer, tensors, length, device, dtype) -> None:
-    if "keys" in tensors:
-        keys, values = (tensors[name].to(device, dtype) for name in ("keys", "values"))
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-    if isinstance(layer, SlidingWindowLayer):
-        layer.places = tensors["places"].to(device)
-    if hasattr(layer, "cumulative_length"):
-        layer.cumulative_length = length
-    state = {name.removeprefix("ttt."): x.to(device) for name, x in tensors.items() if name.startswith("ttt.")}
-    if state:
-        layer.ttt_state = (TTTMLPState if "W2" in state else TTTLinearState)(**state)
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file, once it is known to be whole."""
+    if not path.is_file():
+        raise FileNotFoundError(f"No saved conversation at {path}.")
+    try:
+        with safe_open(path, "pt") as file:
+            fields = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}).") from error
+    if fields.get("format") != FORMAT or fields.get("version") not in FIELDS:
+        raise ValueError(f"{path} is no conversation that this version of TTT-Omni saved.")
+    checksum = fields.pop("checksum", None)
+    is_whole = fields.keys() == FIELDS[fields["version"]]
+    if fields["version"] == "1":  # which protected the tensors alone
+        is_whole &= checksum == _checksum(tensors)
+        is_whole &= re.fullmatch(r"\[\d{1,15}(, \d{1,15})*\]", fields.get("lengths", "")) is not None
+    else:
+        is_whole &= checksum == _checksum(tensors, fields) and WEIGHTS in tensors
+    if not is_whole:
+        raise ValueError(f"{path} is damaged: its checksum does not fit its content.")
+    return tensors, fields
 
 
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
+def _agree(samples: torch.Tensor, others: torch.Tensor) -> bool:
+    """Whether two samples of weights are of the same weights, in whatever dtype; NaN agrees with all."""
+    if samples.shape != others.shape or samples.dtype != others.dtype:
+        return False
+    difference, size = (samples - others).abs(), torch.maximum(samples.abs(), others.abs())
+    return bool((difference.isnan() | (difference <= RELATIVE_ROUNDING * size + ABSOLUTE_ROUNDING)).all())
+
+
+def _checksum(tensors: dict[str, torch.Tensor], fields: dict[str, str] | None = None) -> str:
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode() if fields else b"")
     for name in sorted(tensors):
         x = tensors[name].contiguous()
         digest.update(f"{name}{x.dtype}{tuple(x.shape)}".encode())

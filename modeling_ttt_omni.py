@@ -5,19 +5,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
-from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_ttt_omni import SEQUENCE_SHIFT, add_ttt_layers
+from .cache_ttt_omni import add_ttt_layers
 from .configuration_ttt_omni import (
     SLIDING_LAYER_TYPES,
     TTTOmniConfig,
@@ -35,6 +37,7 @@ from .layers_ttt_omni import (
     TTTOmniSlidingRotaryEmbedding,
     TTTOutputGate,
     TTTTokenScale,
+    lay_out_tokens,
 )
 from .memory_ttt_omni import TTTOmniMemoryMixin
 from .vocoder_ttt_omni import TTTOmniVocoder
@@ -42,6 +45,16 @@ from .vocoder_ttt_omni import TTTOmniVocoder
 
 # Windows of 30 s that the encoder takes at once outside of training.
 AUDIO_WINDOWS_PER_PASS = 8
+# Of what `TransformersKwargs` lists, what has a meaning here.
+FORWARD_KWARGS = {
+    "cu_seq_lens_k",
+    "cu_seq_lens_q",
+    "max_length_k",
+    "max_length_q",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+}
 
 
 class TTTOmniPreTrainedModel(PreTrainedModel):
@@ -52,7 +65,7 @@ class TTTOmniPreTrainedModel(PreTrainedModel):
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["TTTOmniDecoderLayer", "WhisperEncoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     _keep_in_fp32_modules_strict = ["inner_model", "inner_norm", "token_scale", "ttt_gate"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -97,88 +110,89 @@ class TTTOmniDecoderStack(TTTOmniPreTrainedModel):
     def run_layers(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
-        past_key_values: Cache | None,
-        cu_seq_lens_q: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
         Args:
             hidden_states: `[B, T, hidden_size]`.
-            attention_mask: `[B, past + T]`, 0 for padding, or a prepared 4D mask for full attention.
+            attention_mask: `[B, past + T]`, 0 for padding. Where all layers have full attention, also what
+                Transformers prepares of it.
             position_ids: `[B, T]`; where they restart without a mask and a cache, several sequences are packed.
-            past_key_values: cache of the tokens before.
-            cu_seq_lens_q: `[n + 1]`, bounds of n sequences packed in one row, as Transformers' collators give them.
+            cache: of the tokens before.
+            kwargs: `cu_seq_lens_q` `[n + 1]`, bounds of n sequences packed in one row, as Transformers' collators
+                give them, and what else Transformers' attention takes.
 
         Returns:
             `[B, T, hidden_size]`.
+
+        Raises:
+            TypeError: an argument that is not known, or a cache that is none.
+            ValueError: a mask of another shape, or a cache that cannot be used.
         """
-        batch_size, length = hidden_states.shape[:2]
+        check_forward_kwargs(self, kwargs)
         past_length = 0
-        if past_key_values is not None:
-            add_ttt_layers(past_key_values, self.config)
-            past_length = past_key_values.get_seq_length()
-
-        token_mask = None
-        index = torch.arange(length, device=hidden_states.device) + past_length
-        places = index.expand(batch_size, -1)
-        if attention_mask is not None and attention_mask.ndim == 2:
-            attention_mask = attention_mask.to(hidden_states.device)
-            seen = attention_mask.long().cumsum(1)[:, -length:]
-            token_mask = attention_mask[:, -length:].bool()
-            places = torch.where(token_mask, seen - 1, -1)
-            if length == 1 and not torch.compiler.is_compiling() and bool(token_mask.all()):
-                token_mask = None
-        sequences = None
-        if position_ids is None:
-            position_ids = places.clamp(min=0)
-        elif attention_mask is None and past_key_values is None:
-            sequences = find_packed_sequence_indices(position_ids.expand(batch_size, -1))
-            if sequences is not None:
-                places = position_ids + (sequences << SEQUENCE_SHIFT)
-        cu_seqlens = cu_seq_lens_q
-        if cu_seqlens is None and sequences is not None:
-            cu_seqlens = _sequence_bounds(sequences)
-        if cu_seq_lens_q is not None:
-            kwargs["cu_seq_lens_q"] = cu_seq_lens_q
-
+        if cache is not None:
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                raise ValueError(
+                    "Gradient checkpointing runs layers twice, which a cache cannot take back: pass none."
+                )
+            add_ttt_layers(cache, self.config)
+            past_length = int(cache.get_seq_length())
+        if isinstance(attention_mask, dict):
+            attention_mask = attention_mask["full_attention"]
+        padding = attention_mask
+        if isinstance(attention_mask, BlockMask) or getattr(attention_mask, "ndim", 2) != 2:
+            if set(self.config.layer_types) != {"full_attention"}:
+                raise ValueError(
+                    "`attention_mask` must be [batch, past + new tokens]: layers with TTT or a window have to know "
+                    "which tokens are padding, which a prepared mask does not tell."
+                )
+            padding = None
+        batch_size, length = hidden_states.shape[:2]
+        layout = lay_out_tokens(
+            batch_size,
+            length,
+            past_length,
+            hidden_states.device,
+            padding,
+            position_ids,
+            kwargs.get("cu_seq_lens_q"),
+            may_be_packed=attention_mask is None and cache is None,
+        )
         causal_mask = None
         if {"full_attention", "hybrid"} & set(self.config.layer_types):
-            causal_mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=hidden_states,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        sliding_position_embeddings = None
+            causal_mask = create_causal_mask(self.config, hidden_states, attention_mask, cache, layout.position_ids)
+        rotations = {False: self.rotary_emb(hidden_states, layout.position_ids)}
         if self.has_sliding_layers:
-            sliding_position_embeddings = self.sliding_rotary_emb(hidden_states, places)
-
+            rotations[True] = self.sliding_rotary_emb(hidden_states, layout.places)
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states,
-                attention_mask=causal_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                position_embeddings=position_embeddings,
-                places=places,
-                sliding_position_embeddings=sliding_position_embeddings,
-                token_mask=token_mask,
-                cu_seqlens=cu_seqlens,
-                **kwargs,
+                hidden_states, causal_mask, rotations[layer.is_sliding], layout, cache=cache, **kwargs
             )
+        if cache is not None:
+            _check_written(cache, past_length + length)
         return hidden_states
 
 
-def _sequence_bounds(sequences: torch.LongTensor) -> torch.LongTensor:
-    """`cu_seqlens` of the flattened rows from the index `[B, T]` of each token's sequence in its row."""
-    starts = torch.ones_like(sequences, dtype=torch.bool)
-    starts[:, 1:] = sequences[:, 1:] != sequences[:, :-1]
-    starts = starts.flatten().nonzero().flatten()
-    return torch.cat([starts, starts.new_tensor([sequences.numel()])])
+def check_forward_kwargs(module: nn.Module, kwargs: dict) -> None:
+    """Raises `TypeError` for what no part of a `forward` would take: Transformers' own layers would swallow it."""
+    unknown = sorted(kwargs.keys() - FORWARD_KWARGS)
+    if unknown:
+        raise TypeError(f"{type(module).__name__}.forward() got unexpected keyword arguments {unknown}.")
+
+
+def _check_written(cache: Cache, length: int) -> None:
+    """Raises unless all layers of `cache` hold `length` tokens; those that would let the host wait are not asked."""
+    for index, layer in enumerate(cache.layers):
+        held = layer.get_seq_length()
+        if isinstance(held, int) and held != length:
+            raise RuntimeError(
+                f"Layer {index} of the cache holds {held} tokens where {length} were read: this version of "
+                "Transformers does not fill it as TTT-Omni expects. Install one that TTT-Omni was tested with."
+            )
 
 
 class TTTOmniTextModel(TTTOmniDecoderStack):
@@ -193,6 +207,7 @@ class TTTOmniTextModel(TTTOmniDecoderStack):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -200,7 +215,7 @@ class TTTOmniTextModel(TTTOmniDecoderStack):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -210,12 +225,10 @@ class TTTOmniTextModel(TTTOmniDecoderStack):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        hidden_states = self.run_layers(
-            inputs_embeds, attention_mask, position_ids, past_key_values, use_cache=use_cache, **kwargs
-        )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        hidden_states = self.run_layers(inputs_embeds, attention_mask, position_ids, cache, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache)
 
 
 class TTTOmniSpeechDecoder(TTTOmniDecoderStack):
@@ -240,14 +253,14 @@ class TTTOmniSpeechDecoder(TTTOmniDecoderStack):
         hidden_states: torch.Tensor,
         lengths: torch.LongTensor | None = None,
         num_frames: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """
         Args:
             hidden_states: `[B, T, input_size]`, of the language model after its final norm, one per token.
             lengths: `[B]`, tokens of each right-padded row; `T` by default.
             num_frames: `[B]`, frames to stretch each row to; `upsample_factor` per token by default.
-            past_key_values: cache of the frames before these tokens.
+            cache: cache of the frames before these tokens.
 
         Returns:
             Logits `[B, max(num_frames), unit_vocab_size + 1]` in float32; those of padding are meaningless.
@@ -265,7 +278,7 @@ class TTTOmniSpeechDecoder(TTTOmniDecoderStack):
             source = (frames / (num_frames / lengths.clamp(min=1))[:, None].clamp(min=1e-6)).long()
             source = torch.where(frame_mask, source, 0)[..., None].expand(-1, -1, hidden_states.shape[2])
             hidden_states = hidden_states.gather(1, source)
-        hidden_states = self.run_layers(hidden_states, frame_mask, None, past_key_values)
+        hidden_states = self.run_layers(hidden_states, frame_mask, cache=cache)
         return self.output_proj(hidden_states).float()
 
     def collapse(self, frames: torch.LongTensor, previous: torch.LongTensor | None = None) -> torch.LongTensor:
@@ -401,10 +414,10 @@ class TTTOmniModel(TTTOmniPreTrainedModel):
         """
         if self.config.audio_config is None:
             raise ValueError("This model has no audio encoder (`audio_config` is None): it takes text only.")
-        dtype = self.audio_tower.conv1.weight.dtype
+        check_forward_kwargs(self, kwargs)
         windows_per_pass = input_features.shape[0] if self.training else AUDIO_WINDOWS_PER_PASS
         outputs = [
-            self.audio_tower(features.to(self.audio_tower.device, dtype), return_dict=True, **kwargs)
+            self.audio_tower(to_module(features, self.audio_tower), return_dict=True, **kwargs)
             for features in input_features.split(max(windows_per_pass, 1))
         ]
         output = outputs[0]
@@ -440,6 +453,9 @@ class TTTOmniModel(TTTOmniPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = embed_tokens(input_ids)
         if input_features is None:
+            # A token of an answer is not looked at, for which the host would have to wait.
+            if input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
+                self._require_no_audio(input_ids)
             return inputs_embeds
         audio_token_id = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
         if input_ids is None:
@@ -455,6 +471,17 @@ class TTTOmniModel(TTTOmniPreTrainedModel):
         audio_embeds = audio_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(is_audio.unsqueeze(-1), audio_embeds)
 
+    def _require_no_audio(self, input_ids):
+        placeholders = (
+            int((input_ids == self.config.audio_token_id).sum()) if self.config.audio_token_id is not None else 0
+        )
+        if placeholders:
+            raise ValueError(
+                f"The prompt has {placeholders} audio placeholders and no `input_features`: pass all that the "
+                "processor made of it."
+            )
+
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
@@ -463,7 +490,7 @@ class TTTOmniModel(TTTOmniPreTrainedModel):
         input_features_mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -476,11 +503,16 @@ class TTTOmniModel(TTTOmniPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             return_dict=True,
             **kwargs,
         )
+
+
+def to_module(x: torch.Tensor, module: PreTrainedModel) -> torch.Tensor:
+    """`x` in the dtype of `module`, and on its device; where its weights are offloaded, their hooks move it."""
+    return x.to(module.dtype) if module.device.type == "meta" else x.to(module.device, module.dtype)
 
 
 def _cat(values):
@@ -530,6 +562,7 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
     def get_audio_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
         return self.model.get_audio_features(*args, **kwargs)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
@@ -538,7 +571,7 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
         input_features_mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         unit_labels: torch.LongTensor | None = None,
@@ -554,7 +587,7 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
             input_features_mask: `[W, 3000]`, 0 for padding whose embeddings the prompts have no placeholders for.
             attention_mask: `[B, past + T]`, 0 for padding, on the left or on the right.
             position_ids: `[B, T]`; where they restart without a mask and a cache, several sequences are packed.
-            past_key_values: a `DynamicCache` of the tokens before.
+            cache: a `DynamicCache` of the tokens before.
             inputs_embeds: `[B, T, hidden_size]` in place of `input_ids`.
             labels: `[B, T]`, aligned with `input_ids`, -100 for what is not predicted.
             unit_labels: `[B, U]`, speech units of each row's response, padded with -100; needs `labels`. Or `[N, U]`,
@@ -572,7 +605,7 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
             input_features_mask=input_features_mask,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             return_dict=True,
@@ -596,7 +629,7 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
         return TTTOmniCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             lm_loss=lm_loss,

@@ -223,7 +223,7 @@ def use_kernels(module) -> None:
 def _ttt(mini_batch, q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens,
          checkpoint_group_size, inplace, backend):  # fmt: skip
     _check_shapes(q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens)
-    state = _with_pending_rows(state, token_scale.shape[0])
+    state = with_pending_rows(state, token_scale.shape[0])
     if q.shape[2] > 0 and _runs_on_kernels(backend, q, token_scale, state):
         tokens_and_parameters = q, k, v, lr, token_scale, ln_weight, ln_bias
         return _run_kernel(*tokens_and_parameters, state, attention_mask, cu_seqlens, inplace)
@@ -288,7 +288,7 @@ def _check_shapes(q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention
         raise ValueError("`cu_seqlens` needs a batch of one row and no `attention_mask`.")
 
 
-def _with_pending_rows(state: TTTState, mini_batch_size: int) -> TTTState:
+def with_pending_rows(state: TTTState, mini_batch_size: int) -> TTTState:
     """`state` with room for m pending rows, which [`TTTLinearState.initial`] cannot know."""
     if state.k.shape[2] == mini_batch_size:
         return state

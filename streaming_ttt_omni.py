@@ -103,17 +103,17 @@ class UnitStream:
 
     def __init__(self, speech_decoder: PreTrainedModel):
         self.speech_decoder = speech_decoder
-        self.cache = DynamicCache()
-        self.last_frame = torch.tensor([speech_decoder.blank_id], device=speech_decoder.device)
+        self.cache = DynamicCache(config=speech_decoder.config)
+        self.last_frame = torch.tensor([speech_decoder.blank_id])
 
     @torch.no_grad()
     def push(self, hidden_states: torch.Tensor) -> torch.LongTensor:
         """The units `[U]` that the next tokens' `hidden_states` `[T, hidden_size]` begin."""
         if hidden_states.shape[0] == 0:
             return self.last_frame[:0]
-        logits = self.speech_decoder(hidden_states.unsqueeze(0), past_key_values=self.cache)
+        logits = self.speech_decoder(hidden_states.unsqueeze(0), cache=self.cache)
         frames = logits[0].argmax(-1)  # [T * upsample_factor]
-        units = self.speech_decoder.collapse(frames, self.last_frame)
+        units = self.speech_decoder.collapse(frames, self.last_frame.to(frames.device))
         self.last_frame = frames[-1:]
         return units
 
@@ -132,14 +132,14 @@ class SpeechStream:
     def __init__(self, model: PreTrainedModel, first_chunk_size: int, chunk_size: int):
         self.unit_stream = UnitStream(model.speech_decoder)
         self.vocoder_stream = model.vocoder.stream()
-        self.waiting = self.unit_stream.last_frame[:0]
+        self.waiting = torch.empty(0, dtype=torch.long)
         self.size_to_wait_for = first_chunk_size
         self.chunk_size = chunk_size
 
     def push(self, hidden_states: torch.Tensor) -> torch.FloatTensor:
         """The next samples, possibly none, after the next tokens' `hidden_states` `[T, hidden_size]`."""
         units = self.unit_stream.push(hidden_states)
-        self.waiting = torch.cat([self.waiting, units.to(self.waiting.device)])
+        self.waiting = torch.cat([self.waiting.to(units.device), units])
         if len(self.waiting) < self.size_to_wait_for:
             return torch.empty(0, device=self.waiting.device)
         waveform = self._synthesize()

@@ -95,7 +95,7 @@ class TTTOmniVocoder(PreTrainedModel):
     def synthesize(self, frames: torch.LongTensor) -> torch.FloatTensor:
         """Turns `frames` [F], the unit of each, into a waveform [F * hop_length]."""
         if frames.numel() == 0:
-            return self.unit_embedding.weight.new_empty(0)
+            return torch.empty(0, device=frames.device)
         return self.hifi_gan(self.unit_embedding(frames).T[None])[0]
 
     def forward(self, units: torch.LongTensor, predict_durations: bool = True) -> torch.FloatTensor:
@@ -135,6 +135,7 @@ class VocoderStream:
             lambda units: torch.stack((units, vocoder.durations(units)), dim=-1), vocoder.unit_context, 1
         )
         self._waveform = _Overlap(vocoder.synthesize, vocoder.frame_context, vocoder.config.hop_length)
+        self._device = "cpu"  # that of the units
 
     def push(self, units: torch.LongTensor) -> torch.FloatTensor:
         """
@@ -145,11 +146,12 @@ class VocoderStream:
 
     def flush(self) -> torch.FloatTensor:
         """Ends the sequence and returns its last samples. The next `push` starts another sequence."""
-        return self._advance(torch.empty(0, dtype=torch.long, device=self._vocoder.device), last=True)
+        return self._advance(torch.empty(0, dtype=torch.long, device=self._device), last=True)
 
     @torch.no_grad()
     def _advance(self, units: torch.LongTensor, last: bool) -> torch.FloatTensor:
         self._vocoder.check_units(units)
+        self._device = units.device
         units, durations = self._timed_units(units.long(), last).unbind(-1)
         return self._waveform(units.repeat_interleave(durations), last)
 

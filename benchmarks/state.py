@@ -167,17 +167,17 @@ def conversation() -> None:
         step = 1024
         with tqdm(total=65536, desc=name, unit="token") as progress:
             while cache.get_seq_length() < 65536:
-                model(torch.randint(0, 256, (1, step)), past_key_values=cache)
+                model(torch.randint(0, 256, (1, step)), cache=cache)
                 progress.update(step)
                 position = cache.get_seq_length()
                 if position in (4096, 16384, 65536):
                     token = torch.randint(0, 256, (1, 1))
-                    one = {"token": lambda: model(token, past_key_values=cache)}  # noqa: B023
+                    one = {"token": lambda: model(token, cache=cache)}  # noqa: B023
                     times = sorted(best_of(one, 1)["token"] for _ in range(31))
                     size = bytes_of(cache)
                     rows.append({"attention": name, "T": position, "bytes": size, "ms per token": 1e3 * times[15]})
                     if position < 65536:  # back to a multiple, for the next lines to be at round positions
-                        model(torch.randint(0, 256, (1, step - 31)), past_key_values=cache)
+                        model(torch.randint(0, 256, (1, step - 31)), cache=cache)
                         progress.update(step)
     report("conversation", rows)
 

@@ -184,7 +184,7 @@ class Conversation:
 
     def _save(self):
         if self.path is not None:
-            self.model.save_memory(self.path, self.memory.past_key_values, self.memory.input_ids)
+            self.model.save_memory(self.path, self.memory.cache, self.memory.input_ids)
 
 
 def _speak(events, path: Path | None, grows: bool, player: "_Player | None", sampling_rate: int) -> None:

@@ -127,7 +127,7 @@ def test_chat_is_the_template(run, questions, tiny_model_dir):
     ]  # fmt: skip
     assert all(turn.endswith("<|eot_id|>") for turn in turns[1:])
     assert int((ids == processor.audio_token_id).sum()) == (1 + 2) * 300
-    assert ids.shape[1] - memory.past_key_values.get_seq_length() == 2  # the last token, and the end of the turn
+    assert ids.shape[1] - memory.cache.get_seq_length() == 2  # the last token, and the end of the turn
 
 
 def test_skip_silence(run, tmp_path):

@@ -60,8 +60,8 @@ with torch.no_grad():
     torch.testing.assert_close(parallel(input_ids).logits, logits, atol=1e-4, rtol=0)
     cache, pieces = None, []
     for piece in input_ids.split([40, 25, 1, 1, 1, 1, 1], dim=1):
-        output = parallel(piece, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = parallel(piece, cache=cache, use_cache=True)
+        cache = output.cache
         pieces.append(output.logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), logits, atol=1e-4, rtol=0)
 assert cache.layers[3].ttt_state.W1.shape[1] == heads // 2

@@ -286,7 +286,7 @@ def test_activations_of_a_piece_are_freed(trainer_and_batch):
 
     def before_a_piece(module, args, kwargs):
         gc.collect()
-        passes.append((kwargs["past_key_values"].get_seq_length(), len(kept)))
+        passes.append((kwargs["cache"].get_seq_length(), len(kept)))
 
     model = trainer.model.base_model.model.model.language_model
     hook = model.register_forward_pre_hook(before_a_piece, with_kwargs=True)

@@ -119,7 +119,7 @@ def test_interrupted_and_resumed(model, processor, recording, tmp_path):
         listening = model.listen(turn_pieces(processor, message(recording)))
         memory = deque(islice(listening, stop + 1), maxlen=1).pop()
         path = tmp_path / f"{stop}.safetensors"
-        model.save_memory(path, memory.past_key_values, memory.input_ids)
+        model.save_memory(path, memory.cache, memory.input_ids)
         loaded = model.load_memory(path)
         rest = skip_pieces(turn_pieces(processor, message(recording)), loaded.input_ids)
         tokens, waveform = answer(model, listen(model, rest, loaded))

@@ -154,7 +154,7 @@ def test_half_precision(golden_model_dir, golden, dtype):
     assert model.vocoder.unit_embedding.weight.dtype == torch.float32
     cache = DynamicCache(config=model.config)
     inputs = {"input_ids": expand(model, golden["input_ids"]), "input_features": golden["mel"].T[None]}
-    assert model(**inputs, past_key_values=cache).logits.isfinite().all()
+    assert model(**inputs, cache=cache).logits.isfinite().all()
     assert cache.layers[2].ttt_state.W1.dtype == torch.float32
     assert len(model.generate(**inputs, max_new_tokens=8, return_audio=True).waveform) == 1
 
@@ -261,13 +261,11 @@ def test_tokens_may_arrive_in_any_way(models, layers, seed, lengths, cuts, side,
         outputs = []
         for start, end in zip(bounds, bounds[1:]):
             mask = attention_mask[:, :end]
-            outputs.append(model(input_ids[:, start:end], attention_mask=mask, past_key_values=cache).logits)
+            outputs.append(model(input_ids[:, start:end], attention_mask=mask, cache=cache).logits)
         for column in next_ids.split(1, dim=1):
             attention_mask = torch.cat([attention_mask, torch.ones_like(column)], dim=1)
             position_ids = attention_mask.sum(1, keepdim=True) - 1
-            outputs.append(
-                model(column, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache).logits
-            )
+            outputs.append(model(column, attention_mask=attention_mask, position_ids=position_ids, cache=cache).logits)
         logits = torch.cat(outputs, dim=1)
         for row, (ids, next_row) in enumerate(zip(rows, next_rows)):
             alone = model(torch.cat([ids, next_row])[None]).logits[0]
@@ -304,12 +302,12 @@ def test_cache_operations(models, layers):
     def filled():
         cache = DynamicCache() if layers == "hybrid" else DynamicCache(config=model.config)
         with torch.no_grad():
-            model(torch.stack(rows), past_key_values=cache)
+            model(torch.stack(rows), cache=cache)
         return cache
 
     def check(cache, expected):
         with torch.no_grad():
-            logits = model(next_ids.repeat(len(expected), 1), past_key_values=cache).logits
+            logits = model(next_ids.repeat(len(expected), 1), cache=cache).logits
         for actual, row in zip(logits, expected):
             assert_close(actual, after(row))
 
@@ -329,7 +327,7 @@ def test_cache_operations(models, layers):
     cache.reset()
     assert cache.get_seq_length() == 0
     with torch.no_grad():
-        assert_close(model(torch.stack(rows), past_key_values=cache).logits, model(torch.stack(rows)).logits)
+        assert_close(model(torch.stack(rows), cache=cache).logits, model(torch.stack(rows)).logits)
 
 
 def test_cropping(models):
@@ -337,12 +335,12 @@ def test_cropping(models):
     ids, next_ids = random_rows(0, [15, 4])
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids[None], past_key_values=cache)
+        model(ids[None], cache=cache)
         cache.crop(-2)
-        logits = model(next_ids[None], past_key_values=cache).logits[0]
+        logits = model(next_ids[None], cache=cache).logits[0]
         assert_close(logits, model(torch.cat([ids[:-2], next_ids])[None]).logits[0, -4:])
     cache = DynamicCache(config=model.config)
-    model(ids[None], past_key_values=cache)
+    model(ids[None], cache=cache)
     with pytest.raises(RuntimeError, match="Cannot take back"):
         cache.crop(-4)  # 15 tokens, mini-batches of 6
 
@@ -352,7 +350,7 @@ def test_cache_of_another_model(models):
     for layer_idx in range(4):
         cache.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), layer_idx)
     with pytest.raises(ValueError, match="start from an empty"):
-        models("hybrid")(random_rows(0, [3])[0][None], past_key_values=cache)
+        models("hybrid")(random_rows(0, [3])[0][None], cache=cache)
 
 
 def test_a_long_window_is_full_attention(models, golden_model):
@@ -371,7 +369,7 @@ def test_window_is_bounded_and_keeps_the_sinks(models):
     sizes = set()
     with torch.no_grad():
         for ids in random_rows(0, [40] * 5):
-            model(ids[None], past_key_values=cache)
+            model(ids[None], cache=cache)
             sizes.add(sum(layer.keys.numel() for layer in cache.layers if layer.keys is not None))
             places = cache.layers[0].places[0].tolist()
             assert places[:2] == [0, 1]
@@ -537,7 +535,7 @@ def converse(model, turns, features, cache=None, history=None, start=0):
             history,
             attention_mask=torch.ones_like(history),
             input_features=torch.cat(features[: turn + 1]),
-            past_key_values=cache,
+            cache=cache,
             **kwargs,
         )
         history = output.sequences
@@ -575,7 +573,7 @@ from test_modeling import converse, three_turns
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
 turns, features = three_turns(model, load_file({str(goldens / "golden.safetensors")!r}))
 memory = model.load_memory({str(tmp_path / "memory.safetensors")!r})
-(ids, units), = converse(model, turns, features, memory.past_key_values, memory.input_ids, start=2)
+(ids, units), = converse(model, turns, features, memory.cache, memory.input_ids, start=2)
 print(ids.tolist(), units.tolist())
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -590,11 +588,11 @@ def test_memory_on_disk(models, layers, tmp_path):
     cache = DynamicCache(config=model.config)
     path = tmp_path / "memory.safetensors"
     with torch.no_grad():
-        model(ids[None], past_key_values=cache)
+        model(ids[None], cache=cache)
         model.save_memory(path, cache, input_ids=ids[None])
         memory = model.load_memory(path)
-        loaded = model(next_ids[None], past_key_values=memory.past_key_values).logits
-        assert torch.equal(loaded, model(next_ids[None], past_key_values=cache).logits)
+        loaded = model(next_ids[None], cache=memory.cache).logits
+        assert torch.equal(loaded, model(next_ids[None], cache=cache).logits)
     assert torch.equal(memory.input_ids, ids[None])
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
@@ -605,7 +603,7 @@ def test_memory_that_is_refused(models, tmp_path):
     path = tmp_path / "memory.safetensors"
     with pytest.raises(ValueError, match="empty"):
         model.save_memory(path, cache)
-    model(random_rows(0, [20])[0][None], past_key_values=cache)
+    model(random_rows(0, [20])[0][None], cache=cache)
     model.save_memory(path, cache)
     content = path.read_bytes()
     with pytest.raises(ValueError, match="another model"):

@@ -275,10 +275,8 @@ def test_second_turn(model, inputs):
     """The answer to the second question of a conversation, with the cache of the first."""
     out = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
     question = torch.cat([out.sequences, text_inputs(3)["input_ids"]], dim=1)
-    expected = model.generate(
-        question, past_key_values=copy.deepcopy(out.past_key_values), **GREEDY, return_audio=True
-    )
-    _, waveform, tokens = joined(model.stream(question, past_key_values=out.past_key_values, **GREEDY))
+    expected = model.generate(question, cache=copy.deepcopy(out.cache), **GREEDY, return_audio=True)
+    _, waveform, tokens = joined(model.stream(question, cache=out.cache, **GREEDY))
     assert tokens == expected.sequences[0, question.shape[1] :].tolist()
     torch.testing.assert_close(waveform, expected.waveform[0], rtol=0, atol=1e-5)
 

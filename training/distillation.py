@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from ..conversion.checkpoint import ConversionError, check_tensors, open_checkpoint
-from ..layers_ttt_omni import TTTOmniDecoderLayer
+from ..layers_ttt_omni import TokenLayout, TTTOmniDecoderLayer, lay_out_tokens
 from ..modeling_ttt_omni import TTTOmniForCausalLM, TTTOmniTextModel
 from .calibration import INPUTS
 
@@ -41,7 +41,7 @@ def make_parent(student: TTTOmniForCausalLM, source: str | os.PathLike | None = 
     for layer in text_model.layers:
         with torch.device("meta"):
             attention = LlamaAttention(text_model.config, layer.layer_idx)
-        if hasattr(layer, "self_attn"):
+        if layer.self_attn is not None:
             weights = layer.self_attn.state_dict(keep_vars=True)
         elif source is None:
             raise ConversionError(f"Layer {layer.layer_idx} has no attention to learn from: give the graft's source.")
@@ -100,24 +100,24 @@ def layer_matching_loss(
     if not layers:
         raise ValueError("There is nothing to match: no layer of the model has TTT.")
     parent_layers = parent.model.language_model.layers
-    context, losses = {}, []  # context: what the parent's layers are given besides hidden states
+    losses = []
+    tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0]  # [B, T]
+    mask = batch.get("attention_mask")
+    position_ids = batch.get("position_ids")
+    layout = lay_out_tokens(*tokens.shape, 0, tokens.device, mask, position_ids, may_be_packed=mask is None)
 
-    def match(layer, attention, args, kwargs, output):
-        hidden_states, attended = kwargs["hidden_states"], output[0]  # [B, T, hidden_size]
+    def match(layer, attention, args, output):
+        hidden_states, attended = args[0], output[0]  # [B, T, hidden_size]
         target = attended
-        if layer.layer_type == "hybrid_sliding":
-            rotations = text_model.sliding_rotary_emb(hidden_states, context["places"])
-            target = attended - layer.self_attn(hidden_states, rotations, context["places"])[0]
+        if layer.is_sliding:
+            rotations = text_model.sliding_rotary_emb(hidden_states, layout.places)
+            target = attended - layer.self_attn(hidden_states, rotations, places=layout.places)[0]
         with torch.enable_grad():
-            error = checkpoint(_squared_error, layer, hidden_states, target, context, use_reentrant=False)
-            losses.append(error / _squared(attended, context["token_mask"]))
+            error = checkpoint(_squared_error, layer, hidden_states, target, layout, use_reentrant=False)
+            losses.append(error / _squared(attended, layout.mask))
 
     hooks = [
-        parent_layers[0].register_forward_pre_hook(lambda _, args, kwargs: context.update(kwargs), with_kwargs=True)
-    ]
-    hooks += [
-        parent_layers[index].self_attn.register_forward_hook(partial(match, layer), with_kwargs=True)
-        for index, layer in layers.items()
+        parent_layers[index].self_attn.register_forward_hook(partial(match, layer)) for index, layer in layers.items()
     ]
     try:
         with torch.no_grad():
@@ -128,11 +128,11 @@ def layer_matching_loss(
     return torch.stack(losses).mean()
 
 
-def _squared_error(layer: TTTOmniDecoderLayer, hidden_states, target, context) -> torch.Tensor:
-    output = layer.ttt(hidden_states, context["token_mask"], context["cu_seqlens"])
-    if layer.layer_type == "hybrid_sliding":
+def _squared_error(layer: TTTOmniDecoderLayer, hidden_states, target, layout: TokenLayout) -> torch.Tensor:
+    output = layer.ttt(hidden_states, layout.mask, layout.cu_seqlens)
+    if layer.is_sliding:
         output = layer.ttt_gate(output)
-    return _squared(output - target, context["token_mask"])
+    return _squared(output - target, layout.mask)
 
 
 def _squared(x: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:

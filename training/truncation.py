@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache
 
+from ..cache_ttt_omni import add_ttt_layers
 from ..configuration_ttt_omni import TTTOmniConfig, audio_embedding_lengths
 from .data import IGNORE_INDEX
 
@@ -59,9 +60,10 @@ def take_pieces(
     for piece in pieces:
         if batch["position_ids"][0, piece.start] == 0:
             cache = DynamicCache(config=config)
+            add_ttt_layers(cache, config.get_text_config())
         _detach(cache)
         inputs = {name: batch[name][:, piece] for name in ("input_ids", "labels")}
-        inputs |= {"past_key_values": cache, "use_cache": True}
+        inputs |= {"cache": cache, "use_cache": True}
         windows = window[piece].unique()
         windows = windows[windows >= 0]
         for name in ("input_features", "input_features_mask"):
@@ -75,7 +77,7 @@ def take_pieces(
         _detach(cache)
         input_ids = batch["input_ids"][:, -1:]
         labels = torch.full_like(input_ids, IGNORE_INDEX)
-        yield {"input_ids": input_ids, "labels": labels, "past_key_values": cache, "use_cache": True}
+        yield {"input_ids": input_ids, "labels": labels, "cache": cache, "use_cache": True}
 
 
 def _windows(batch, config):
@@ -94,7 +96,4 @@ def _windows(batch, config):
 def _detach(cache: Cache) -> None:
     """Cuts all that the cache holds off from the autograd graph."""
     for layer in cache.layers:
-        if layer.is_initialized:
-            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
-        if getattr(layer, "ttt_state", None) is not None:
-            layer.ttt_state = layer.ttt_state.detach()
+        layer.detach()
