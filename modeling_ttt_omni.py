@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
+from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
@@ -164,7 +165,16 @@ class TTTOmniDecoderStack(TTTOmniPreTrainedModel):
         )
         causal_mask = None
         if {"full_attention", "hybrid"} & set(self.config.layer_types):
-            causal_mask = create_causal_mask(self.config, hidden_states, attention_mask, cache, layout.position_ids)
+            # A buffer of fixed length has places behind the last token, which no mask would leave visible.
+            is_static = cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers)
+            causal_mask = create_causal_mask(
+                self.config,
+                hidden_states,
+                attention_mask,
+                cache,
+                layout.position_ids,
+                allow_is_causal_skip=not is_static,
+            )
         rotations = {False: self.rotary_emb(hidden_states, layout.position_ids)}
         if self.has_sliding_layers:
             rotations[True] = self.sliding_rotary_emb(hidden_states, layout.places)

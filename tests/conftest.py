@@ -14,6 +14,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels
 
 import pytest
+from layouts import LAYERS
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM
 
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -85,3 +90,42 @@ def spoken_corpus(tmp_path_factory) -> Path:
     manifest = folder / "corpus.jsonl"
     manifest.write_text("\n".join(lines) + "\n")
     return manifest
+
+
+@pytest.fixture(scope="session")
+def golden(goldens):
+    return load_file(goldens / "golden.safetensors")
+
+
+@pytest.fixture(scope="session")
+def golden_model(golden_model_dir):
+    return AutoModelForCausalLM.from_pretrained(golden_model_dir).eval()
+
+
+@pytest.fixture(scope="session")
+def models(golden_model):
+    """
+    The golden model with other layers, whose TTT is random and open: it takes part in every output.
+
+    In float64, as its large random weights amplify float32's rounding to 1e-2; `test_ops.py` has the state in float32.
+    """
+
+    def make(layers):
+        if layers not in made:
+            config = golden_model.config.to_dict()
+            config["text_config"].update(ttt_mini_batch_size=6, **LAYERS[layers])
+            torch.manual_seed(0)
+            model = TTTOmniForCausalLM(TTTOmniConfig(**config)).eval()
+            for name, parameter in model.named_parameters():
+                if "ttt_gate" in name:
+                    parameter.data.uniform_(0.3, 1)
+                elif ".ttt." in name and "proj.weight" in name:
+                    parameter.data.normal_(0, 0.25)
+            weights = {k: v for k, v in golden_model.state_dict().items() if ".ttt" not in k}
+            model.load_state_dict(weights, strict=False)
+            model.generation_config = golden_model.generation_config
+            made[layers] = model.double()
+        return made[layers]
+
+    made = {}
+    return make

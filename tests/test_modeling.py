@@ -9,88 +9,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from layouts import expand, pad, random_rows
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM
 
 
-LAYERS = {
-    "hybrid": {"layer_types": ["full_attention", "full_attention", "hybrid", "hybrid"]},
-    "replace": {"layer_types": ["full_attention", "hybrid", "linear_attention", "linear_attention"]},
-    "mixed": {
-        "layer_types": ["hybrid", "linear_attention", "hybrid", "linear_attention"],
-        "ttt_layer_type": ["linear", "mlp", "mlp", "linear"],
-        "ttt_rope_theta": 100.0,
-        "ttt_qk_norm": "l2",
-    },
-    "windowed": {
-        "layer_types": ["hybrid_sliding", "sliding_attention", "hybrid_sliding", "linear_attention"],
-        "sliding_window": 9,
-        "attention_sinks": 2,
-    },
-}
-ALL_LAYERS = pytest.mark.parametrize("layers", LAYERS)
+ALL_LAYERS = pytest.mark.parametrize("layers", ["hybrid", "replace", "mixed", "windowed", "ttt"])
 properties = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(scope="module")
-def golden(goldens):
-    return load_file(goldens / "golden.safetensors")
-
-
-@pytest.fixture(scope="module")
-def golden_model(golden_model_dir):
-    return AutoModelForCausalLM.from_pretrained(golden_model_dir).eval()
-
-
-@pytest.fixture(scope="module")
-def models(golden_model):
-    """
-    The golden model with other layers, whose TTT is random and open: it takes part in every output.
-
-    In float64, as its large random weights amplify float32's rounding to 1e-2; `test_ops.py` has the state in float32.
-    """
-
-    def make(layers):
-        if layers not in made:
-            config = golden_model.config.to_dict()
-            config["text_config"].update(ttt_mini_batch_size=6, **LAYERS[layers])
-            torch.manual_seed(0)
-            model = TTTOmniForCausalLM(TTTOmniConfig(**config)).eval()
-            for name, parameter in model.named_parameters():
-                if "ttt_gate" in name:
-                    parameter.data.uniform_(0.3, 1)
-                elif ".ttt." in name and "proj.weight" in name:
-                    parameter.data.normal_(0, 0.25)
-            weights = {k: v for k, v in golden_model.state_dict().items() if ".ttt" not in k}
-            model.load_state_dict(weights, strict=False)
-            model.generation_config = golden_model.generation_config
-            made[layers] = model.double()
-        return made[layers]
-
-    made = {}
-    return make
-
-
-def expand(model, ids):
-    """`ids` with each -200 as 300 audio placeholders."""
-    audio = [model.config.audio_token_id] * 300
-    return torch.tensor([[x for i in ids.tolist() for x in (audio if i == -200 else [i])]])
-
-
-def random_rows(seed, lengths):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(10, 380, (length,), generator=generator) for length in lengths]
-
-
-def pad(rows, side):
-    length = max(len(row) for row in rows)
-    input_ids, attention_mask = torch.full((len(rows), length), 7), torch.zeros(len(rows), length, dtype=torch.long)
-    for row, ids in enumerate(rows):
-        columns = slice(length - len(ids), length) if side == "left" else slice(0, len(ids))
-        input_ids[row, columns], attention_mask[row, columns] = ids, 1
-    return input_ids, attention_mask
 
 
 def assert_close(actual, expected, tolerance=1e-4):

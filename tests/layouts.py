@@ -1,0 +1,45 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+"""Layouts of layers that the tests run on, and prompts for them."""
+
+import torch
+
+
+LAYERS = {
+    "full": {"layer_types": ["full_attention"] * 4},
+    "hybrid": {"layer_types": ["full_attention", "full_attention", "hybrid", "hybrid"]},
+    "replace": {"layer_types": ["full_attention", "hybrid", "linear_attention", "linear_attention"]},
+    "mixed": {
+        "layer_types": ["hybrid", "linear_attention", "hybrid", "linear_attention"],
+        "ttt_layer_type": ["linear", "mlp", "mlp", "linear"],
+        "ttt_rope_theta": 100.0,
+        "ttt_qk_norm": "l2",
+    },
+    "windowed": {
+        "layer_types": ["hybrid_sliding", "sliding_attention", "hybrid_sliding", "linear_attention"],
+        "sliding_window": 9,
+        "attention_sinks": 2,
+    },
+    "ttt": {"layer_types": ["linear_attention"] * 4},
+}
+WITH_MLP = ("hybrid", "replace", "windowed", "ttt")
+LAYERS |= {f"{name}_mlp": {**LAYERS[name], "ttt_layer_type": "mlp"} for name in WITH_MLP}
+
+
+def expand(model, ids):
+    """`ids` with each -200 as 300 audio placeholders."""
+    audio = [model.config.audio_token_id] * 300
+    return torch.tensor([[x for i in ids.tolist() for x in (audio if i == -200 else [i])]])
+
+
+def random_rows(seed, lengths):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(10, 380, (length,), generator=generator) for length in lengths]
+
+
+def pad(rows, side):
+    length = max(len(row) for row in rows)
+    input_ids, attention_mask = torch.full((len(rows), length), 7), torch.zeros(len(rows), length, dtype=torch.long)
+    for row, ids in enumerate(rows):
+        columns = slice(length - len(ids), length) if side == "left" else slice(0, len(ids))
+        input_ids[row, columns], attention_mask[row, columns] = ids, 1
+    return input_ids, attention_mask
