@@ -68,7 +68,7 @@ class OwnedTensorsMixin:
 
         Raises:
             RuntimeError: if there is TTT, and that would go back past the start of a row's current mini-batch, or to
-                padding.
+                padding. Other layers of the cache may have been cropped by then: it is of no more use.
         """
         state, columns = self.ttt_state, abs(tokens_to_remove)
         if state is not None and columns > 0:

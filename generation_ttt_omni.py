@@ -49,6 +49,8 @@ class TTTOmniGenerateOutput(ModelOutput):
 class TTTOmniGenerationMixin(GenerationMixin):
     """Transformers' generation, from spoken prompts and with spoken answers."""
 
+    output_modalities = ("text", "audio")
+
     @torch.no_grad()
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def generate(
@@ -56,6 +58,7 @@ class TTTOmniGenerationMixin(GenerationMixin):
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         return_audio: bool = False,
+        generation_mode: str | None = None,
         **kwargs,
     ):
         """
@@ -65,14 +68,18 @@ class TTTOmniGenerationMixin(GenerationMixin):
             inputs: `[B, T]`, or pass `input_ids`.
             generation_config: as in Transformers, overridden by `kwargs`.
             return_audio: whether to return a [`TTTOmniGenerateOutput`] with units and waveform.
+            generation_mode: `"audio"` is the same as `return_audio=True`, as Transformers' pipelines say it.
             kwargs: `input_features` and `input_features_mask` of the prompt's speech, and what Transformers takes.
 
         Returns:
             What Transformers returns, or a [`TTTOmniGenerateOutput`].
 
         Raises:
-            ValueError: if speech is asked of a model that has no speech decoder.
+            ValueError: if speech is asked of a model that has no speech decoder, or another mode than text and audio.
         """
+        if generation_mode not in (None, *self.output_modalities):
+            raise ValueError(f"`generation_mode` must be one of {self.output_modalities}, got {generation_mode!r}.")
+        return_audio = return_audio or generation_mode == "audio"
         if return_audio and self.config.speech_decoder_config is None:
             raise ValueError("This model has no speech decoder (`speech_decoder_config` is None): it cannot speak.")
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs

@@ -1,6 +1,7 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 """The model on the golden checkpoint: the original's numbers, training, and the contract of the state."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -93,7 +94,7 @@ def test_half_precision(golden_model_dir, golden, dtype):
 def test_every_ttt_parameter_learns(models, layers, checkpointing):
     model = models(layers).train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     try:
         model.zero_grad()
         input_ids, attention_mask = pad(random_rows(0, [25, 14]), "right")
@@ -106,7 +107,7 @@ def test_every_ttt_parameter_learns(models, layers, checkpointing):
                 assert parameter.grad.abs().sum() > 0, name
     finally:
         model.zero_grad()
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
         model.eval()
 
 
@@ -130,14 +131,14 @@ def test_gradient_checkpointing_changes_no_gradient(models):
     input_ids = random_rows(0, [25])[0][None]
     gradients = []
     try:
-        for enable in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+        for enable in (model.activation_checkpointing_disable, model.activation_checkpointing_enable):
             enable()
             model.zero_grad()
             model(input_ids, labels=input_ids, use_cache=False).loss.backward()
             gradients.append([p.grad.clone() for n, p in model.named_parameters() if p.grad is not None])
     finally:
         model.zero_grad()
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
         model.eval()
     assert len(gradients[0]) == len(gradients[1]) > 0
     for one, other in zip(*gradients):
@@ -269,6 +270,31 @@ def test_cropping(models):
     model(ids[None], cache=cache)
     with pytest.raises(RuntimeError, match="Cannot take back"):
         cache.crop(-4)  # 15 tokens, mini-batches of 6
+
+
+@torch.no_grad()
+def test_cropping_stops_at_padding(models):
+    """The last columns of a right-padded batch are not the same tokens in all rows."""
+    model = models("hybrid")
+    (short, long), next_ids = random_rows(0, [12, 14]), torch.stack(random_rows(1, [3, 3]))
+    input_ids, attention_mask = pad([short, long], "right")
+    longer_mask = torch.cat([attention_mask, torch.ones_like(next_ids)], dim=1)
+
+    def filled():
+        cache = DynamicCache(config=model.config)
+        model(input_ids, attention_mask=attention_mask, cache=cache)
+        return cache
+
+    with pytest.raises(RuntimeError, match="only the last 0 are known to hold a token"):
+        filled().crop(-1)
+    cache = filled()
+    model(next_ids, attention_mask=longer_mask, cache=cache)
+    with pytest.raises(RuntimeError, match="only the last 3 are known to hold a token"):
+        copy.deepcopy(cache).crop(-4)
+    cache.crop(-2)
+    logits = model(next_ids[:, 1:], attention_mask=longer_mask, cache=cache).logits
+    for row, ids in enumerate((short, long)):
+        assert_close(logits[row], model(torch.cat([ids, next_ids[row]])[None]).logits[0, -2:])
 
 
 def test_cache_of_another_model(models):
@@ -434,6 +460,19 @@ def test_speech_asked_of_a_model_without(golden_model):
         model.generate(prompt, return_audio=True)
     with pytest.raises(ValueError, match="no audio encoder"):
         model.generate(prompt, input_features=torch.zeros(1, 128, 3000))
+
+
+def test_generation_mode(models):
+    """As Transformers' pipelines ask for speech."""
+    model, prompt = models("hybrid"), random_rows(0, [5])[0][None]
+    kwargs = {"max_new_tokens": 4, "do_sample": False}
+    assert model.output_modalities == ("text", "audio")
+    spoken = model.generate(prompt, **kwargs, return_audio=True)
+    output = model.generate(prompt, **kwargs, generation_mode="audio")
+    assert torch.equal(output.waveform[0], spoken.waveform[0])
+    assert torch.equal(model.generate(prompt, **kwargs, generation_mode="text"), spoken.sequences)
+    with pytest.raises(ValueError, match="got 'image'"):
+        model.generate(prompt, **kwargs, generation_mode="image")
 
 
 def test_placeholders_that_do_not_fit(golden_model, golden):
