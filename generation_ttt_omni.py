@@ -12,7 +12,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from .cache_ttt_omni import add_ttt_layers
 from .configuration_ttt_omni import audio_embedding_lengths
 from .memory_ttt_omni import TTTOmniMemory
-from .streaming_ttt_omni import TTTOmniStreamer, TTTOmniStreamEvent, check_speaks, decode_steps
+from .streaming_ttt_omni import SpeechStream, TextStream, TTTOmniStreamEvent
 
 
 logger = logging.get_logger(__name__)
@@ -86,19 +86,12 @@ class TTTOmniGenerationMixin(GenerationMixin):
         if kwargs.get("input_features") is not None:
             kwargs.update(self._embed_prompt(input_ids, **kwargs))
             kwargs = {key: value for key, value in kwargs.items() if not key.startswith("input_features")}
-        state_sinks = []
-        if hasattr(kwargs.get("streamer"), "put_state"):  # a `TTTOmniStreamer`, maybe of another copy of this code
-            kwargs["streamer"].eos_token_ids = self._eos_token_ids(generation_config, kwargs)
-            state_sinks.append(kwargs["streamer"].put_state)
-        if state_sinks or return_audio:
-            kwargs["state_sinks"] = state_sinks
         if not return_audio:
             return super().generate(input_ids, generation_config, **kwargs)
 
         speech_states = []
-        state_sinks.append(speech_states.append)
         kwargs["return_dict_in_generate"] = True
-        outputs = super().generate(input_ids, generation_config, **kwargs)
+        outputs = super().generate(input_ids, generation_config, speech_states=speech_states, **kwargs)
         prompt_length = 0 if input_ids is None else input_ids.shape[1]
         new_tokens = outputs.sequences[:, prompt_length:]
         states = self._answer_states(outputs, speech_states)
@@ -182,31 +175,24 @@ class TTTOmniGenerationMixin(GenerationMixin):
             chunk_size: units to wait for afterwards; more cost less.
 
         Returns:
-            A generator of [`TTTOmniStreamEvent`], one per token and one at the end, with a piece of text or waveform,
-            both or none.
+            A generator of [`TTTOmniStreamEvent`], one per token and one at the end, each with a piece of text, a
+            piece of waveform, both or none.
 
         Raises:
             ValueError: if the model does not speak, a chunk has no units, or there is no tokenizer; with the first
                 event, if there are several rows.
         """
-        check_speaks(self)
         if "return_audio" in kwargs:
             raise ValueError("`return_audio` is for `generate`: `stream` always speaks.")
-        if tokenizer is None:
-            tokenizer = self._own_tokenizer()
-        events = []
-        streamer = TTTOmniStreamer(self, events.append, tokenizer, first_chunk_size, chunk_size)
-        return self._stream(streamer, events, inputs, generation_config, kwargs)
+        speech = SpeechStream(self, first_chunk_size, chunk_size)
+        text = TextStream(self._own_tokenizer() if tokenizer is None else tokenizer)
+        return self._stream(text, speech, inputs, generation_config, kwargs)
 
     @torch.no_grad()
-    def _stream(self, streamer, events, inputs, generation_config, kwargs):
-        steps = self.generate(inputs, generation_config, streamer=streamer, custom_generate=decode_steps, **kwargs)
-        for token in steps:
-            streamer.put(token.cpu())
-            yield from events
-            events.clear()
-        streamer.end()
-        yield from events
+    def _stream(self, text, speech, inputs, generation_config, kwargs):
+        for token, state in self.generate(inputs, generation_config, custom_generate=decode_steps, **kwargs):
+            yield _stream_event(text.push(token), speech.push(state), token)
+        yield _stream_event(text.flush(), speech.flush())
 
     def _own_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer in the folder or repository from which this model was loaded."""
@@ -282,7 +268,7 @@ class TTTOmniGenerationMixin(GenerationMixin):
         eos = kwargs.get("eos_token_id")
         for config in (generation_config, self.generation_config):
             eos = getattr(config, "eos_token_id", None) if eos is None else eos
-        return set() if eos is None else set(torch.as_tensor(eos).flatten().tolist())
+        return _as_set(eos)
 
     def _to_device(self, x: torch.Tensor) -> torch.Tensor:
         """`x` where this model is; where its weights are offloaded, their hooks move it."""
@@ -299,7 +285,7 @@ class TTTOmniGenerationMixin(GenerationMixin):
         cache: Cache | None = None,
         prompt_embeds: torch.Tensor | None = None,
         prompt_start: int = 0,
-        state_sinks: list[Callable[[torch.Tensor], None]] | None = None,
+        speech_states: list[torch.Tensor] | None = None,
         **kwargs,
     ) -> dict:
         model_inputs = super().prepare_inputs_for_generation(input_ids, cache=cache, **kwargs)
@@ -315,9 +301,64 @@ class TTTOmniGenerationMixin(GenerationMixin):
         return model_inputs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
-        for put_state in model_kwargs.get("state_sinks") or []:
-            put_state(outputs.last_hidden_state[:, -1].clone())  # a view would keep all of the prompt
+        if model_kwargs.get("speech_states") is not None:
+            model_kwargs["speech_states"].append(outputs.last_hidden_state[:, -1].clone())  # no view of all the prompt
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+
+
+def decode_steps(
+    model: GenerationMixin,
+    input_ids: torch.LongTensor,
+    logits_processor: Callable,
+    stopping_criteria: Callable,
+    generation_config: GenerationConfig,
+    **model_kwargs,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """
+    Transformers' `GenerationMixin._sample` for one row, as a generator that can be left at any token: what
+    `generate(custom_generate=decode_steps)` returns.
+
+    Yields:
+        Each token, and the states to be spoken for it: `[1, hidden_size]`, or `[0, hidden_size]` where an answer ends
+        before it began.
+
+    Raises:
+        ValueError: if there are several rows.
+    """
+    if input_ids.shape[0] > 1:
+        raise ValueError(
+            f"A stream speaks one answer, got {input_ids.shape[0]} rows: pass one prompt, and neither `num_beams` nor "
+            "`num_return_sequences`."
+        )
+    prompt_length, ends = input_ids.shape[1], _as_set(generation_config.eos_token_id)
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    while True:
+        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+        states = outputs.last_hidden_state[:, -1].clone()  # [1, hidden_size]
+        del outputs
+        scores = logits_processor(input_ids, logits)
+        if generation_config.do_sample:
+            token = torch.multinomial(scores.softmax(-1), num_samples=1)
+        else:
+            token = scores.argmax(-1, keepdim=True)
+        input_ids = torch.cat([input_ids, token], dim=1)
+        says_nothing = input_ids.shape[1] == prompt_length + 1 and int(token) in ends
+        yield int(token), states[:0] if says_nothing else states
+        if stopping_criteria(input_ids, None).all():
+            return
+        inputs = model.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
+        )
+        outputs = model(**inputs, return_dict=True)
+
+
+def _stream_event(text, waveform, token=None):
+    return TTTOmniStreamEvent(text or None, waveform if len(waveform) else None, token)
+
+
+def _as_set(eos_token_id: int | list[int] | torch.Tensor | None) -> set[int]:
+    return set() if eos_token_id is None else set(torch.as_tensor(eos_token_id).flatten().tolist())
 
 
 def _spoken_lengths(new_tokens: torch.LongTensor, eos_token_ids: set[int]) -> list[int]:

@@ -3,13 +3,11 @@
 Streams in and out: prompts of any length piece by piece, and speech while it is generated, token by token.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.generation.streamers import BaseStreamer
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
 SILENCE = 0.0  # in Whisper's scale of mel bins, what a sine of -65 dBFS reaches
@@ -127,9 +125,18 @@ class SpeechStream:
         model: a [`TTTOmniForCausalLM`] that speaks.
         first_chunk_size: units to wait for until there is a first sound; fewer make it come sooner.
         chunk_size: units to wait for afterwards; more cost less, as chunks overlap in the vocoder's receptive field.
+
+    Raises:
+        ValueError: if the model does not speak, or a chunk has no units.
     """
 
     def __init__(self, model: PreTrainedModel, first_chunk_size: int, chunk_size: int):
+        check_speaks(model)
+        if min(first_chunk_size, chunk_size) < 1:
+            raise ValueError(
+                "`first_chunk_size` and `chunk_size` must be at least 1 unit, got "
+                f"{first_chunk_size} and {chunk_size}."
+            )
         self.unit_stream = UnitStream(model.speech_decoder)
         self.vocoder_stream = model.vocoder.stream()
         self.waiting = torch.empty(0, dtype=torch.long)
@@ -187,80 +194,6 @@ class TextStream:
         return self.tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-class TTTOmniStreamer(BaseStreamer):
-    """
-    A streamer for `generate(streamer=...)` of one answer, which speaks while it is generated.
-
-    Args:
-        model: the [`TTTOmniForCausalLM`] that generates.
-        on_event: called with each [`TTTOmniStreamEvent`].
-        tokenizer: the model's; without it there is no text.
-        first_chunk_size, chunk_size: as in [`SpeechStream`].
-
-    Raises:
-        ValueError: if the model does not speak, or a chunk has no units.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        on_event: Callable[[TTTOmniStreamEvent], None],
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        first_chunk_size: int = 10,
-        chunk_size: int = 40,
-    ):
-        check_speaks(model)
-        if min(first_chunk_size, chunk_size) < 1:
-            raise ValueError(
-                "`first_chunk_size` and `chunk_size` must be at least 1 unit, got "
-                f"{first_chunk_size} and {chunk_size}."
-            )
-        self.model = model
-        self.on_event = on_event
-        self.tokenizer = tokenizer
-        self.chunk_sizes = first_chunk_size, chunk_size
-        self._start()
-
-    def _start(self):
-        self.eos_token_ids: set[int] = set()  # set by `generate`
-        self.states = deque()  # [hidden_size], of tokens to come
-        self.prompt_is_next = True
-        self.is_first_token = True
-        self.text_stream = None if self.tokenizer is None else TextStream(self.tokenizer)
-        self.speech_stream = SpeechStream(self.model, *self.chunk_sizes)
-
-    def put_state(self, state: torch.Tensor) -> None:
-        """Receives the hidden state `[1, hidden_size]` that predicts the next token."""
-        self.states.append(state)
-
-    def put(self, value: torch.LongTensor) -> None:
-        """Receives the prompt, then each token."""
-        if value.shape[0] > 1:
-            raise ValueError(
-                f"A stream speaks one answer, got {value.shape[0]} rows: pass one prompt, and neither `num_beams` nor "
-                "`num_return_sequences`."
-            )
-        if self.prompt_is_next:
-            self.prompt_is_next = False
-            return
-        token, state = int(value), self.states.popleft()
-        text = self.text_stream.push(token) if self.text_stream else ""
-        # As in `generate`: an answer that ends before it began says nothing.
-        is_silent = self.is_first_token and token in self.eos_token_ids
-        self.is_first_token = False
-        self._emit(text, self.speech_stream.push(state[:0] if is_silent else state), token)
-
-    def end(self) -> None:
-        """Receives the end of the answer. The streamer may then be used for another one."""
-        text = self.text_stream.flush() if self.text_stream else ""
-        self._emit(text, self.speech_stream.flush())
-        self._start()
-
-    def _emit(self, text, waveform, token=None):
-        if text or len(waveform) or token is not None:
-            self.on_event(TTTOmniStreamEvent(text or None, waveform if len(waveform) else None, token))
-
-
 def check_speaks(model: PreTrainedModel) -> None:
     """Raises `ValueError` unless `model` has what it takes to speak."""
     for field, name in (("speech_decoder_config", "speech decoder"), ("vocoder_config", "vocoder")):
@@ -268,36 +201,4 @@ def check_speaks(model: PreTrainedModel) -> None:
             raise ValueError(f"This model has no {name} (`{field}` is None): it cannot speak.")
 
 
-def decode_steps(
-    model: PreTrainedModel,
-    input_ids: torch.LongTensor,
-    logits_processor: Callable,
-    stopping_criteria: Callable,
-    generation_config: GenerationConfig,
-    **model_kwargs,
-) -> Iterator[torch.LongTensor]:
-    """
-    Transformers' `GenerationMixin._sample` for one row, as a generator that can be left at any token: what
-    `generate(custom_generate=decode_steps)` returns. Yields each token `[1]`.
-    """
-    outputs = model._prefill(input_ids, generation_config, model_kwargs)
-    while True:
-        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-        del outputs
-        scores = logits_processor(input_ids, logits)
-        if generation_config.do_sample:
-            token = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0]
-        else:
-            token = scores.argmax(-1)
-        input_ids = torch.cat([input_ids, token[:, None]], dim=1)
-        yield token
-        if stopping_criteria(input_ids, None).all():
-            return
-        inputs = model.prepare_inputs_for_generation(
-            input_ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
-        )
-        outputs = model(**inputs, return_dict=True)
-
-
-__all__ = ["TTTOmniStreamEvent", "TTTOmniStreamer", "skip_pieces", "turn_pieces"]
+__all__ = ["TTTOmniStreamEvent", "skip_pieces", "turn_pieces"]

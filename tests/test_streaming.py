@@ -16,7 +16,7 @@ from transformers.generation.streamers import TextStreamer
 from ttt_omni import TTTOmniForCausalLM, TTTOmniProcessor
 from ttt_omni.configuration_ttt_omni import TTTOmniSpeechDecoderConfig
 from ttt_omni.modeling_ttt_omni import TTTOmniSpeechDecoder
-from ttt_omni.streaming_ttt_omni import TextStream, TTTOmniStreamer, UnitStream
+from ttt_omni.streaming_ttt_omni import SpeechStream, TextStream, UnitStream
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
@@ -205,7 +205,7 @@ def test_streams_do_not_mix(model):
 def test_closing_frees_everything(model, inputs):
     def alive():
         gc.collect()
-        return sum(type(x) in (DynamicCache, TTTOmniStreamer) for x in gc.get_objects())
+        return sum(type(x) in (DynamicCache, SpeechStream) for x in gc.get_objects())
 
     before = alive()
     stream = model.stream(**inputs, **GREEDY)
@@ -226,22 +226,6 @@ def test_only_what_was_asked_for_is_generated(model, monkeypatch):
     assert not calls
     next(stream)
     assert len(calls) == 1
-
-
-def test_streamer_of_generate(model):
-    events = []
-    streamer = TTTOmniStreamer(model, events.append, model._own_tokenizer())
-    inputs = text_inputs(0) | {"do_sample": False, "max_new_tokens": 8}
-    expected = joined(model.stream(**inputs))
-    for _ in range(2):  # it can be used again
-        out = model.generate(**inputs, streamer=streamer, return_audio=True)
-        text, waveform, tokens = joined(events)
-        assert (text, tokens) == (expected[0], expected[2])
-        assert torch.equal(waveform, expected[1])
-        torch.testing.assert_close(waveform, out.waveform[0], rtol=0, atol=1e-5)
-        events.clear()
-    model.generate(**inputs, streamer=streamer)
-    assert torch.equal(joined(events)[1], expected[1])
 
 
 def test_text_streamer_of_transformers(model, inputs, capsys):

@@ -40,7 +40,6 @@ TAKEN = {
     "transformers.distributed.tensor_parallel.TensorParallelLayer.transform_inputs_pre_forward": (
         "module, args, kwargs, mesh"
     ),
-    "transformers.generation.streamers.BaseStreamer": "",
     "transformers.masking_utils.create_causal_mask": "config, inputs_embeds, attention_mask, cache, position_ids",
     "transformers.modeling_outputs.BaseModelOutputWithPast": "last_hidden_state, cache",
     "transformers.modeling_outputs.BaseModelOutputWithPooling": "last_hidden_state, pooler_output",
