@@ -5,9 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import Cache
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
@@ -256,29 +254,6 @@ class TTTOutputGate(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.tanh(self.weight).to(hidden_states.dtype) * hidden_states
-
-
-class TTTHeadsParallel(TensorParallelLayer):
-    """Tensor parallelism of what has one entry per head: each process holds those of its heads."""
-
-    def should_use_local_tensors(self, module):
-        return True
-
-    def shard_param(self, module, param, mesh):
-        parameter = module._parameters[param]
-        sharded = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
-        module._parameters[param] = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
-
-
-class GatherHeadsParallel(TensorParallelLayer):
-    """Tensor parallelism of a norm over the whole width: each process gets the heads of all."""
-
-    def transform_inputs_pre_forward(self, module, args, kwargs, mesh):
-        return (DTensor.from_local(args[0], mesh, [Shard(-1)]).full_tensor(),), kwargs
-
-
-ALL_PARALLEL_STYLES.register("ttt_heads", TTTHeadsParallel())
-ALL_PARALLEL_STYLES.register("ttt_gather_heads", GatherHeadsParallel())
 
 
 class TTTOmniTTT(nn.Module):

@@ -74,6 +74,14 @@ class TTTOmniPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _is_stateful = True  # a step of the TTT state is final, so assisted generation cannot roll it back
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        if {"distributed_config", "tp_plan", "tp_size"} & kwargs.keys():
+            from .parallel_ttt_omni import register_parallel_styles
+
+            register_parallel_styles()
+        return super().from_pretrained(*args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
