@@ -181,14 +181,15 @@ def _unfinished_size(wav: BinaryIO) -> int | None:
         return None
     end = 8 + int.from_bytes(riff[4:8], "little")  # of the file, as announced
     end_of_file = wav.seek(0, os.SEEK_END)
-    wav.seek(12)
+    start = wav.seek(12)
     while len(chunk := wav.read(8)) == 8:
         size = int.from_bytes(chunk[4:], "little")
-        end_of_chunk = wav.tell() + size + size % 2
+        end_of_chunk = start + 8 + size + size % 2
         if chunk[:4] == b"data":
-            is_unfinished = end <= end_of_chunk or (size == 0 and end != end_of_file)
-            return wav.tell() - 4 if is_unfinished and end_of_chunk < end_of_file else None
-        wav.seek(end_of_chunk)
+            chunk_follows = end == end_of_file and re.fullmatch(b"[ -~]{4}", wav.read(4))  # its name
+            is_unfinished = end <= end_of_chunk or (size == 0 and not chunk_follows)
+            return start + 4 if is_unfinished and end_of_chunk < end_of_file else None
+        start = wav.seek(end_of_chunk)
     return None
 
 

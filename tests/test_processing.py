@@ -639,7 +639,16 @@ def test_flac_of_unknown_length(tmp_path):
 
 @pytest.mark.parametrize(
     "riff_size, data_size",
-    [(0, 0), (36, 0), (0xFFFFFFFF, 0), (0xFFFFFFFF, 0xFFFFFFFF), (0, 0x7FFFF000), (36 + 8000, 8000), (10**6, 10**6)],
+    [
+        (0, 0),
+        (36, 0),
+        (0xFFFFFFFF, 0),
+        (36 + 32000, 0),
+        (0xFFFFFFFF, 0xFFFFFFFF),
+        (0, 0x7FFFF000),
+        (36 + 8000, 8000),
+        (10**6, 10**6),
+    ],
 )
 def test_wav_without_a_length(tmp_path, caplog, riff_size, data_size):
     samples = noise(16000)
