@@ -161,11 +161,11 @@ class ConversationDataset(Dataset):
             # CTC puts a blank between two of the same. The answer's tokens end with that of its turn.
             needed = len(units) + sum(unit == following for unit, following in zip(units, units[1:]))
             tokens = len(self.processor.tokenizer(answer.strip(), add_special_tokens=False).input_ids) + 1
-            if needed > tokens * decoder.upsample_factor:
+            if needed > max(tokens * decoder.upsample_factor, len(units)):  # the frames that the model has for them
                 raise ManifestError(
-                    f"an answer of {tokens} tokens has {len(units)} units, for which {needed} frames are needed where "
-                    f"the model has {decoder.upsample_factor} per token: merge runs of the same unit, or check that "
-                    "they are of this answer."
+                    f"an answer of {tokens} tokens has {len(units)} units, of which {needed - len(units)} repeat the "
+                    f"one before: they need {needed} frames, and the model has {decoder.upsample_factor} per token. "
+                    "Merge runs of the same unit."
                 )
 
     def _add(self, conversation: "Conversation", embeddings: int, room: int) -> int:
