@@ -138,17 +138,106 @@ def test_joined_conversations_fill_their_length(processor, config, tmp_path):
         (spoken("good.wav", [-1]), "unit -1 is out of range"),
         (spoken("good.wav", [1.5]), "the `units` of turn 2 are no list of integers"),
         (spoken("good.wav", "1 2"), "the `units` of turn 2 are no list of integers"),
+        (spoken("cut.flac"), r"\S*cut.flac cannot be read as audio"),
+        (spoken("loud.wav"), r"\S*loud.wav has a sample of 1e\+20 at 0.100 s"),
+        (spoken("two\nlines.wav"), r"the recording '\S*two\\nlines.wav' does not exist"),
+        (conversation("What is <|eot_id|>?", "It ends."), r"turn 1 holds <\|eot_id\|>, a special token"),
+        (conversation("Hi", "<|reserved_special_token_0|>"), r"turn 2 holds <\|reserved_special_token_0\|>"),
+        (conversation("Hi", "a<|start_header_id|>user"), r"turn 2 holds <\|start_header_id\|>"),
+        (spoken("good.wav", value="I heard <speech>."), "turn 2 is an answer with <speech>"),
+        (conversation("\ud800", "Yes."), "turn 1 has half a character"),
+        (conversation("Hi", "Yes \udfff."), "turn 2 has half a character"),
+        ("[" * 200_000, "not JSON"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, processor, config, line, message):
     for name, samples, rate in (("good", 1600, 16000), ("fast", 2205, 22050), ("empty", 0, 16000)):
         soundfile.write(tmp_path / f"{name}.wav", np.zeros(samples), rate)
     (tmp_path / "text.wav").write_text("no audio")
+    soundfile.write(tmp_path / "cut.flac", np.random.default_rng(0).uniform(-1, 1, 16000), 16000)
+    (tmp_path / "cut.flac").write_bytes((tmp_path / "cut.flac").read_bytes()[:16000])
+    soundfile.write(tmp_path / "loud.wav", np.eye(1, 16000, 1600)[0] * 1e20, 16000, subtype="FLOAT")
     manifest = tmp_path / "bad.jsonl"
     line = line if isinstance(line, str) else json.dumps(line)
     manifest.write_text(json.dumps(spoken("good.wav", [99])) + "\n\n" + line + "\n")
     with pytest.raises(ManifestError, match=rf"bad.jsonl, line 3: {message}"):
         ConversationDataset(manifest, processor, config)
+
+
+@pytest.mark.parametrize("answer", ["Yes.", " Yes, it is four o'clock. \n"])
+def test_units_fit_their_answer(tmp_path, processor, config, model, answer):
+    """CTC needs a frame for each unit, and one more for a blank between two of the same."""
+    manifest = tmp_path / "units.jsonl"
+
+    def read(units):
+        record = conversation("Hi", answer)
+        record["conversations"][1]["units"] = units
+        manifest.write_text(json.dumps(record))
+        return ConversationDataset(manifest, processor, config)[0]
+
+    labels = (read([])["labels"] != -100).sum()
+    frames = int(labels) * config.speech_decoder_config.upsample_factor
+    longest = [5] * ((frames + 1) // 2) + [6] * (1 - frames % 2)  # with the blanks between them, `frames`
+    for units in (longest, [1, 2] * frames):  # without repetitions, the model makes frames of its own for them
+        loss = model(**ConversationCollator(3)([read(units)])).ctc_loss
+        assert loss.isfinite() and loss > 0
+    for units in (longest + [7], [5, *longest], [1, 2] * frames + [2]):
+        message = rf"line 1: an answer of {labels} tokens has {len(units)} units, of which \d+ repeat the one before"
+        with pytest.raises(ManifestError, match=message):
+            read(units)
+
+
+def sound(path, seconds, **kwargs):
+    samples = np.zeros(int(16000 * seconds), np.float32)
+    samples[:16000] = 0.1 * np.random.default_rng(0).standard_normal(16000)
+    soundfile.write(path, samples, 16000, **kwargs)
+    return bytearray(path.read_bytes())
+
+
+def unsized_mp3(path):
+    data = sound(path, 35, bitrate_mode="VARIABLE", compression_level=0.5)
+    path.write_bytes(data[data.index(data[:2], 50) :])  # without the frame that says how many there are
+
+
+def unsized_flac(path):
+    data = sound(path, 35)
+    data[21:26] = bytes([data[21] & 0xF0, 0, 0, 0, 0])
+    path.write_bytes(data)
+
+
+def unsized_wav(path):
+    data = sound(path, 35)
+    data[40:44] = bytes(4)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name, write", [("a.mp3", unsized_mp3), ("a.flac", unsized_flac), ("a.wav", unsized_wav)])
+def test_speech_is_counted_rather_than_announced(tmp_path, processor, config, name, write):
+    write(tmp_path / name)
+    (tmp_path / "m.jsonl").write_text(json.dumps(spoken(name)))
+    announced = soundfile.info(tmp_path / name).duration
+    assert not 30 < announced < 60
+    for kwargs in ({}, {"processor_kwargs": {"drop_audio_padding": True}}):
+        length = len(ConversationDataset(tmp_path / "m.jsonl", processor, config, **kwargs)[0]["input_ids"])
+        ConversationDataset(tmp_path / "m.jsonl", processor, config, join_to_length=length, **kwargs)
+        with pytest.raises(ManifestError, match=f"the conversation has {length} tokens"):
+            ConversationDataset(tmp_path / "m.jsonl", processor, config, join_to_length=length - 1, **kwargs)
+
+
+def test_headers_of_wavs_are_enough(tmp_path, processor, config, monkeypatch):
+    sound(tmp_path / "a.wav", 2)
+    sound(tmp_path / "b.flac", 2)
+    read = []
+    monkeypatch.setattr(
+        soundfile.SoundFile, "read", lambda file, *_, **__: read.append(file.format) or np.zeros((0, 1))
+    )
+    (tmp_path / "m.jsonl").write_text(json.dumps(spoken("a.wav")))
+    ConversationDataset(tmp_path / "m.jsonl", processor, config)
+    assert not read
+    (tmp_path / "m.jsonl").write_text(json.dumps(spoken("b.flac")))
+    with pytest.raises(ManifestError, match="b.flac is empty"):
+        ConversationDataset(tmp_path / "m.jsonl", processor, config)
+    assert read == ["FLAC"]
 
 
 def test_a_model_without_ears_or_mouth(spoken_corpus, processor, config, tmp_path):

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import soundfile
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..configuration_ttt_omni import TTTOmniConfig, audio_embedding_lengths
-from ..processing_ttt_omni import TTTOmniProcessor
+from ..processing_ttt_omni import TTTOmniProcessor, open_audio, printable, read_audio
 
 
 SPEECH_TOKEN = "<speech>"
@@ -42,9 +42,10 @@ class ConversationDataset(Dataset):
     `speech` has a recording for each `<speech>`, as a path relative to the manifest; one alone needs no list. `units`
     are those of the spoken answer, runs of the same unit merged, and may be left out.
 
-    All lines are checked when the dataset is made, which reads no more of a recording than its header. An item is read
-    when it is taken; it holds `input_ids` and `labels` `[T]`, in `unit_labels` a tensor `[U]` per answer, and if there
-    is speech `input_features` `[W, n_mels, 3000]` of its W windows.
+    All lines are checked when the dataset is made, for which recordings are read whole, other than a WAV of integers
+    of whose header it is enough. An item is read when it is taken; it holds `input_ids` and `labels` `[T]`, in
+    `unit_labels` a tensor `[U]` per answer, and if there is speech `input_features` `[W, n_mels, 3000]` of its W
+    windows.
 
     Args:
         manifest: path of the JSONL file.
@@ -74,6 +75,7 @@ class ConversationDataset(Dataset):
         self.offsets = array("q")  # of the lines in the file
         self.groups = []  # of the conversations joined into one item, first and last + 1
         self.num_spoken = 0  # conversations with units for all answers
+        self.special_tokens = _special_tokens(processor)
         self._check()
 
     def __len__(self) -> int:
@@ -109,64 +111,85 @@ class ConversationDataset(Dataset):
         lines = tqdm(read_manifest(self.manifest), desc=f"Checking {self.manifest.name}", unit=" conversations")
         for number, offset, conversation in lines:
             with naming_line(self.manifest, number):
-                self._check_speech(conversation)
+                self._check_texts(conversation)
+                embeddings = self._check_speech(conversation)
                 self._check_units(conversation)
-                room = self._add(conversation, room)
+                room = self._add(conversation, embeddings, room)
             self.offsets.append(offset)
             self.num_spoken += all(conversation.units)
         if not self.offsets:
             raise ManifestError(f"{self.manifest} has no conversations.")
 
-    def _check_speech(self, conversation: "Conversation") -> None:
+    def _check_texts(self, conversation: "Conversation") -> None:
+        for index, turn in enumerate(conversation.record["conversations"], 1):
+            token = self.special_tokens.search(turn["value"])
+            if token is not None:
+                raise ManifestError(f"turn {index} holds {token[0]}, a special token of the tokenizer: leave it out.")
+
+    def _check_speech(self, conversation: "Conversation") -> int:
+        """Returns the number of embeddings that the recordings have together."""
         if conversation.speech and self.config.audio_config is None:
             raise ManifestError("the model has no audio encoder: it takes conversations without `speech` only.")
+        return sum(self._speech_length(self._count_samples(path)) for path in conversation.speech)
+
+    def _count_samples(self, path: Path) -> int:
+        if not path.is_file():
+            raise ManifestError(f"the recording {printable(path)} does not exist.")
         rate = self.processor.feature_extractor.sampling_rate
-        for path in conversation.speech:
-            if not path.is_file():
-                raise ManifestError(f"the recording {path} does not exist.")
-            try:
-                info = soundfile.info(path)
-            except soundfile.SoundFileError as error:
-                reason = getattr(error, "error_string", error)
-                raise ManifestError(f"{path} cannot be read as audio: {reason}") from None
-            if info.samplerate != rate:
-                raise ManifestError(f"{path} has {info.samplerate} samples per second, not {rate}: resample it.")
-            if info.frames == 0:
-                raise ManifestError(f"{path} is empty: it holds no audio.")
+        with open_audio(str(path)) as file:
+            if file.samplerate != rate:
+                raise ManifestError(
+                    f"{printable(path)} has {file.samplerate} samples per second, not {rate}: resample it."
+                )
+            if file.format in ("WAV", "WAVEX") and file.subtype.startswith("PCM") and file.frames > 0:
+                return file.frames
+        return sum(len(block) for block in read_audio(path, rate))
 
     def _check_units(self, conversation: "Conversation") -> None:
-        units = [unit for answer in conversation.units for unit in answer]
-        if units and self.config.speech_decoder_config is None:
+        if not any(conversation.units):
+            return
+        decoder = self.config.speech_decoder_config
+        if decoder is None:
             raise ManifestError("the model has no speech decoder: leave out `units`.")
-        for unit in units:
-            if not 0 <= unit < self.config.speech_decoder_config.unit_vocab_size:
+        answers = [message["content"] for message in conversation.messages if message["role"] == "assistant"]
+        for answer, units in zip(answers, conversation.units):
+            wrong = next((unit for unit in units if not 0 <= unit < decoder.unit_vocab_size), None)
+            if wrong is not None:
                 raise ManifestError(
-                    f"unit {unit} is out of range: the model has the units 0 to "
-                    f"{self.config.speech_decoder_config.unit_vocab_size - 1}."
+                    f"unit {wrong} is out of range: the model has the units 0 to {decoder.unit_vocab_size - 1}."
+                )
+            # CTC puts a blank between two of the same. The answer's tokens end with that of its turn.
+            needed = len(units) + sum(unit == following for unit, following in zip(units, units[1:]))
+            tokens = len(self.processor.tokenizer(answer.strip(), add_special_tokens=False).input_ids) + 1
+            if needed > max(tokens * decoder.upsample_factor, len(units)):  # the frames that the model has for them
+                raise ManifestError(
+                    f"an answer of {tokens} tokens has {len(units)} units, of which {needed - len(units)} repeat the "
+                    f"one before: they need {needed} frames, and the model has {decoder.upsample_factor} per token. "
+                    "Merge runs of the same unit."
                 )
 
-    def _add(self, conversation: "Conversation", room: int) -> int:
+    def _add(self, conversation: "Conversation", embeddings: int, room: int) -> int:
         """Joins the next conversation to the last group if there is room, or to a new one. Returns the room left."""
         index = len(self.offsets)
         if self.join_to_length is None:
             self.groups.append((index, index + 1))
             return 0
-        length = self._length(conversation.messages, conversation.speech)
+        length = self._length(conversation.messages, embeddings)
         if length > self.join_to_length:
             raise ManifestError(f"the conversation has {length} tokens, more than {self.join_to_length} at a time.")
         if index == 0:  # the system prompt comes once
-            self.shared_length = 2 * length - self._length(2 * conversation.messages, 2 * conversation.speech)
+            self.shared_length = 2 * length - self._length(2 * conversation.messages, 2 * embeddings)
         if not self.groups or length - self.shared_length > room:
             self.groups.append((index, index + 1))
             return self.join_to_length - length
         self.groups[-1] = (self.groups[-1][0], index + 1)
         return room - (length - self.shared_length)
 
-    def _length(self, messages: list[dict[str, Any]], speech: list[Path]) -> int:
+    def _length(self, messages: list[dict[str, Any]], embeddings: int) -> int:
         """Number of tokens, of which each recording takes those of its windows."""
         prompt = self.processor.apply_chat_template(messages)
-        length = len(self.processor.tokenizer(prompt, add_special_tokens=False).input_ids)
-        return length + sum(self._speech_length(soundfile.info(path).frames) - 1 for path in speech)
+        input_ids = self.processor.tokenizer(prompt, add_special_tokens=False).input_ids
+        return len(input_ids) - input_ids.count(self.processor.audio_token_id) + embeddings
 
     def _speech_length(self, samples: int) -> int:
         """Number of embeddings of a recording."""
@@ -178,6 +201,13 @@ class ConversationDataset(Dataset):
         mel_frames = -(-windows // extractor.hop_length)  # [W]
         mask = torch.arange(extractor.nb_max_frames) < mel_frames[:, None]  # [W, 3000]
         return int(audio_embedding_lengths(mask, self.processor.audio_downsample).sum())
+
+
+def _special_tokens(processor: TTTOmniProcessor) -> re.Pattern[str]:
+    """What the tokenizer takes for a token of its own wherever it stands in a text, the audio's placeholder too."""
+    added = processor.tokenizer.added_tokens_decoder.values()
+    tokens = {processor.audio_token} | {token.content for token in added if token.special}
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
 
 @contextmanager
@@ -225,7 +255,7 @@ def _parse(line: bytes, folder: Path) -> Conversation:
     """A line of a manifest whose recordings are in `folder`. Raises [`ManifestError`] without naming the line."""
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ManifestError(f"not JSON ({error}).") from None
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         raise ManifestError("no JSON object with a list of `conversations`.")
@@ -244,11 +274,15 @@ def _parse(line: bytes, folder: Path) -> Conversation:
         role, value = ROLES[index % 2], turn.get("value") if isinstance(turn, dict) else None
         if not isinstance(value, str) or turn.get("from") != role:
             raise ManifestError(f"turn {index + 1} is not from {role!r} with a text as `value`.")
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ManifestError(f"turn {index + 1} has half a character: a surrogate alone, which is no text.")
         if role == "human":
             messages.append({"role": "user", "content": _content(value, recordings)})
             continue
         if not value.strip():
             raise ManifestError(f"turn {index + 1} is an empty answer.")
+        if SPEECH_TOKEN in value:
+            raise ManifestError(f"turn {index + 1} is an answer with {SPEECH_TOKEN}, which is for questions.")
         messages.append({"role": "assistant", "content": value})
         units.append(turn.get("units") or [])
         if not isinstance(units[-1], list) or not all(type(unit) is int for unit in units[-1]):
