@@ -21,6 +21,7 @@ AUTO_MAP = {
     "AutoModelForMultimodalLM": "modeling_ttt_omni.TTTOmniForCausalLM",
 }
 INNER_MODELS = ("linear", "mlp")
+BACKBONES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -88,9 +89,11 @@ def audio_embedding_lengths(input_features_mask: torch.Tensor, audio_downsample:
 @strict
 class TTTOmniTextConfig(LlamaConfig):
     r"""
-    Configuration of the language model: a Llama whose layers may hold Test-Time Training (TTT).
+    Configuration of the language model: one of Llama's shape, whose layers may hold Test-Time Training (TTT).
 
     Args:
+        backbone (`str`, defaults to `"llama"`):
+            The model whose attention the layers have: `"llama"`, `"mistral"`, `"qwen2"` or `"qwen3"`.
         layer_types (`list[str]`, *optional*):
             One of `full_attention`, `sliding_attention`, `hybrid` (full attention + TTT), `hybrid_sliding` (windowed
             attention + TTT) or `linear_attention` (TTT alone) per layer. By default the upper quarter is `hybrid`.
@@ -130,6 +133,7 @@ class TTTOmniTextConfig(LlamaConfig):
         "layers.*.ttt.o_proj": "rowwise_split_input",
     }
 
+    backbone: str = "llama"
     max_position_embeddings: int = 131072
     layer_types: list[str] | None = None
     ttt_layer_type: str | list[str] = "linear"
@@ -144,6 +148,11 @@ class TTTOmniTextConfig(LlamaConfig):
     attention_sinks: int = 4
 
     def __post_init__(self, **kwargs):
+        if self.backbone == "qwen3":
+            norms = {
+                f"layers.*.{x}.{y}_norm": "replicated_with_grad_allreduce" for x in ("self_attn", "ttt") for y in "qk"
+            }
+            self.base_model_tp_plan = self.base_model_tp_plan | norms
         if self.layer_types is None:
             ttt_layers = self.num_hidden_layers // 4
             self.layer_types = ["full_attention"] * (self.num_hidden_layers - ttt_layers) + ["hybrid"] * ttt_layers
@@ -154,6 +163,7 @@ class TTTOmniTextConfig(LlamaConfig):
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Raises `ValueError` naming the field that is wrong."""
         _require_llama(self)
+        _require(self.backbone in BACKBONES, f"`backbone` must be one of {BACKBONES}, got {self.backbone!r}.")
         unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
         _require(not unknown, f"`layer_types` has unknown entries {unknown}; choose from {list(LAYER_TYPES)}.")
         _require(
@@ -219,6 +229,7 @@ class TTTOmniSpeechDecoderConfig(LlamaConfig):
 
     model_type = "ttt_omni_speech_decoder"
     base_config_key = "speech_decoder_config"
+    backbone = "llama"
 
     num_hidden_layers: int = 2
     max_position_embeddings: int = 131072

@@ -5,16 +5,19 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import Cache
+from transformers import Cache, LlamaConfig
 from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
+    LlamaRMSNorm,
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from .cache_ttt_omni import SEQUENCE_SHIFT, OwnedTensorsMixin, SlidingWindowLayer
 from .configuration_ttt_omni import SLIDING_LAYER_TYPES, TTT_LAYER_TYPES, TTTOmniTextConfig
@@ -110,9 +113,13 @@ class TTTOmniSlidingRotaryEmbedding(TTTOmniRotaryEmbedding):
         return *super().forward(x, index), *super().forward(x, index.clamp(max=self.max_distance))
 
 
-class TTTOmniSlidingAttention(LlamaAttention):
+class TTTOmniAttention(nn.Module):
+    """Full attention of a backbone, and what windowed attention is made of as well."""
+
+
+class TTTOmniSlidingAttention(TTTOmniAttention):
     """
-    Attention over the last `sliding_window` tokens and the first `attention_sinks` tokens of the sequence.
+    A backbone's attention over the last `sliding_window` and the first `attention_sinks` tokens of the sequence.
 
     The sinks are seen from no farther than the window's end, so that no distance exceeds what the model was trained
     on (as in StreamingLLM, arXiv 2309.17453).
@@ -156,6 +163,8 @@ class TTTOmniSlidingAttention(LlamaAttention):
             projection(hidden_states).view(hidden_shape).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )  # [B, H, T, D]
+        if hasattr(self, "q_norm"):
+            query, key = self.q_norm(query), self.k_norm(key)
         query_to_sinks, _ = apply_rotary_pos_emb(query, query, sink_cos, sink_sin)
         query, key = apply_rotary_pos_emb(query, key, cos, sin)
         keys, values, key_places = layer.update_window(key, value, places)  # [B, H, L + T, D], [B, L + T]
@@ -187,6 +196,25 @@ class TTTOmniSlidingAttention(LlamaAttention):
             **kwargs,
         )
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+# Attention is all in which the layers of these models differ from Llama's.
+_ATTENTION = {
+    "llama": LlamaAttention,
+    "mistral": LlamaAttention,
+    "qwen2": Qwen2Attention,
+    "qwen3": Qwen3Attention,
+}
+FULL_ATTENTION = {name: type(f"Full{cls.__name__}", (TTTOmniAttention, cls), {}) for name, cls in _ATTENTION.items()}
+SLIDING_ATTENTION = {
+    name: type(f"Sliding{cls.__name__}", (TTTOmniSlidingAttention, cls), {}) for name, cls in _ATTENTION.items()
+}
+
+
+def make_attention(config: LlamaConfig, layer_idx: int) -> TTTOmniAttention:
+    """The attention of a layer, full or windowed, as the backbone has it."""
+    is_sliding = config.layer_types[layer_idx] in SLIDING_LAYER_TYPES
+    return (SLIDING_ATTENTION if is_sliding else FULL_ATTENTION)[config.backbone](config, layer_idx)
 
 
 class TTTLinearModel(nn.Module):
@@ -259,10 +287,10 @@ class TTTOutputGate(nn.Module):
 class TTTOmniTTT(nn.Module):
     """
     A Test-Time Training layer (arXiv 2407.04620): sequence mixing whose memory is a small model, trained on the
-    sequence as it goes by.
+    sequence as it goes by. Its projections have the biases and norms of `attention`, that of the same layer.
     """
 
-    def __init__(self, config: TTTOmniTextConfig, layer_idx: int):
+    def __init__(self, config: TTTOmniTextConfig, layer_idx: int, attention: TTTOmniAttention):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -274,8 +302,12 @@ class TTTOmniTTT(nn.Module):
         # Calibration centres q and k by their biases, see the design.
         self.q_proj = nn.Linear(config.hidden_size, width, bias=True)
         self.k_proj = nn.Linear(config.hidden_size, width, bias=True)
-        self.v_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=attention.v_proj.bias is not None)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=attention.o_proj.bias is not None)
+        self.q_norm = self.k_norm = None
+        if hasattr(attention, "q_norm"):
+            self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.lr_gate = nn.Linear(config.hidden_size, self.num_heads, bias=True)
         self.token_scale = TTTTokenScale(config.ttt_mini_batch_size)
         self.inner_norm = TTTInnerNorm(self.num_heads, self.head_dim)
@@ -341,6 +373,8 @@ class TTTOmniTTT(nn.Module):
             projection(hidden_states).view(hidden_shape).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.config.ttt_qk_norm != "none":
             norm = self.head_dim**0.5 if self.config.ttt_qk_norm == "rms" else 1.0
             q, k = (norm * nn.functional.normalize(x, dim=-1, eps=1e-6) for x in (q, k))
@@ -375,10 +409,9 @@ class TTTOmniDecoderLayer(LlamaDecoderLayer):
         super().__init__(config, layer_idx)
         self.layer_idx = layer_idx
         self.layer_type = config.layer_types[layer_idx]
-        if self.is_sliding:
-            self.self_attn = TTTOmniSlidingAttention(config, layer_idx)
+        self.self_attn = make_attention(config, layer_idx)
         if self.layer_type in TTT_LAYER_TYPES:
-            self.ttt = TTTOmniTTT(config, layer_idx)
+            self.ttt = TTTOmniTTT(config, layer_idx, self.self_attn)
             if self.layer_type == "linear_attention":
                 self.self_attn = None
             else:

@@ -34,6 +34,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 RELATIVE_ROUNDING, ABSOLUTE_ROUNDING = 2**-7, 1e-7
 # What of the text model's config a memory depends on, besides what `ttt_` fields say.
 CONFIG_FIELDS = (
+    "backbone",
     "layer_types",
     "sliding_window",
     "attention_sinks",

@@ -12,7 +12,7 @@ from transformers import initialization as init
 from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -33,6 +33,7 @@ from .layers_ttt_omni import (
     TTTInnerNorm,
     TTTLinearModel,
     TTTMLPModel,
+    TTTOmniAttention,
     TTTOmniDecoderLayer,
     TTTOmniRotaryEmbedding,
     TTTOmniSlidingRotaryEmbedding,
@@ -103,7 +104,7 @@ class TTTOmniPreTrainedModel(PreTrainedModel):
 class TTTOmniDecoderStack(TTTOmniPreTrainedModel):
     """The layers that the language model and the speech decoder have in common."""
 
-    _can_record_outputs = {"hidden_states": TTTOmniDecoderLayer, "attentions": LlamaAttention}
+    _can_record_outputs = {"hidden_states": TTTOmniDecoderLayer, "attentions": TTTOmniAttention}
 
     def __init__(self, config: TTTOmniTextConfig | TTTOmniSpeechDecoderConfig):
         super().__init__(config)

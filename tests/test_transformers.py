@@ -51,6 +51,12 @@ TAKEN = {
     "transformers.models.llama.modeling_llama.LlamaAttention.forward": (
         "hidden_states, position_embeddings, attention_mask, cache"
     ),
+    "transformers.models.qwen2.modeling_qwen2.Qwen2Attention.forward": (
+        "hidden_states, position_embeddings, attention_mask, cache"
+    ),
+    "transformers.models.qwen3.modeling_qwen3.Qwen3Attention.forward": (
+        "hidden_states, position_embeddings, attention_mask, cache"
+    ),
     "transformers.models.llama.modeling_llama.LlamaDecoderLayer": "config, layer_idx",
     "transformers.models.llama.modeling_llama.LlamaRMSNorm": "hidden_size, eps",
     "transformers.models.llama.modeling_llama.LlamaRotaryEmbedding": "config",

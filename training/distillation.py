@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.models.llama.modeling_llama import LlamaAttention
 
 from ..conversion.checkpoint import ConversionError, check_tensors, open_checkpoint
-from ..layers_ttt_omni import TokenLayout, TTTOmniDecoderLayer, lay_out_tokens
+from ..layers_ttt_omni import TokenLayout, TTTOmniDecoderLayer, lay_out_tokens, make_attention
 from ..modeling_ttt_omni import TTTOmniForCausalLM, TTTOmniTextModel
 from .calibration import INPUTS
 
@@ -40,7 +39,7 @@ def make_parent(student: TTTOmniForCausalLM, source: str | os.PathLike | None = 
     text_model.has_sliding_layers = False
     for layer in text_model.layers:
         with torch.device("meta"):
-            attention = LlamaAttention(text_model.config, layer.layer_idx)
+            attention = make_attention(text_model.config, layer.layer_idx)
         if layer.self_attn is not None:
             weights = layer.self_attn.state_dict(keep_vars=True)
         elif source is None:
