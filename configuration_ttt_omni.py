@@ -105,7 +105,7 @@ def _require_rope(parameters: dict) -> None:
     for name, value in parameters.items():
         if name in ("rope_type", "type", "truncate", "attention_factor", "mscale", "mscale_all_dim") or value is None:
             continue
-        for number in value if isinstance(value, list) else [value]:
+        for number in value if isinstance(value, list) and name in ("short_factor", "long_factor") else [value]:
             _require(_is_number(number) and number > 0, f"`{name}` must be a positive number, got {number!r}.")
 
 
@@ -366,13 +366,13 @@ class TTTOmniVocoderConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Raises `ValueError` naming the field that is wrong."""
+        for field in ("upsample_rates", "resblock_kernel_sizes"):
+            _require(len(getattr(self, field)) > 0, f"`{field}` must not be empty.")
         _require(
             len(self.upsample_rates) == len(self.upsample_kernel_sizes),
             f"`upsample_kernel_sizes` must have one entry per entry of `upsample_rates` ({len(self.upsample_rates)}), "
             f"got {len(self.upsample_kernel_sizes)}.",
         )
-        for field in ("upsample_rates", "resblock_kernel_sizes"):
-            _require(len(getattr(self, field)) > 0, f"`{field}` must not be empty.")
         _require_sizes(
             self, "unit_vocab_size", "unit_embed_dim", "duration_predictor_hidden_dim", "upsample_initial_channel",
             "upsample_rates", "upsample_kernel_sizes", "resblock_kernel_sizes", "sampling_rate",

@@ -159,8 +159,10 @@ def load_pt(path: Path, *keys: str, what: str) -> list[dict]:
 def tensors_of(state: dict, path: Path, what: str) -> dict[str, LazyTensor]:
     """The tensors of a state dict in the file `path`; raises, as `load_pt`, if something else is in it."""
     for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise ConversionError(f"{path} is not {what}: {name!r} names no tensor but a {type(tensor).__name__}.")
+        if not isinstance(name, str):
+            raise ConversionError(f"{path} is not {what}: {name!r} is no name of a tensor.")
+        if not isinstance(tensor, torch.Tensor):
+            raise ConversionError(f"{path} is not {what}: {name!r} is no tensor but of type {type(tensor).__name__}.")
         if tensor.layout is not torch.strided or tensor.device.type != "cpu":
             raise ConversionError(f"{path}: `{name}` is a {tensor.layout} tensor on {tensor.device}, not a plain one.")
         if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
@@ -176,11 +178,11 @@ def check_layers(num_layers: int, tensors: dict[str, LazyTensor], prefix: str, f
 
 
 def check_sizes(sizes: dict[str, int], tensors: dict[str, LazyTensor], source: Path) -> None:
-    """Raises if one of `sizes`, by their fields in `source`, is larger than any dimension of `tensors`."""
+    """Raises if one of `sizes`, by their fields in `source`, is none, or larger than all dimensions of `tensors`."""
     largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     for field, size in sizes.items():
-        if size > largest:
-            raise ConversionError(f"{source}: `{field}` is {size}, larger than any tensor in the weights ({largest}).")
+        if not 1 <= size <= largest:
+            raise ConversionError(f"{source}: `{field}` must be 1 to {largest}, as the weights are, got {size}.")
 
 
 def check_tensors(tensors: dict[str, LazyTensor], shapes: dict[str, tuple[int, ...]], source: Path) -> None:

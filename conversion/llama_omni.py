@@ -215,6 +215,7 @@ def plan_conversion(
     listens = _has_part(LISTENING, tensors, values, source)
     speaks = _has_part(SPEAKING, tensors, values, source)
     tensors, encoder = _rename(tensors)
+    text_values = _text_values(values, tensors, source)
     parts = {}
     if listens:
         parts |= _listening_config(values, tensors, source)
@@ -230,9 +231,7 @@ def plan_conversion(
         tensors |= {f"vocoder.{name}": LazyTensor.of(x, f"`{name}` in {vocoder}") for name, x in state.items()}
 
     # The checkpoint is checked against the model without TTT, which is then grafted on.
-    num_layers = values["num_hidden_layers"]
-    text_values = _text_values(values, tensors, source)
-    ttt_layers = select_layers(layers, num_layers)
+    ttt_layers = select_layers(layers, values["num_hidden_layers"])
     text_config = TTTOmniTextConfig(
         **text_values,
         ttt_layer_type=ttt_type,
@@ -344,7 +343,9 @@ def _listening_config(values: dict, tensors: dict[str, LazyTensor], source: Path
     if values.get("speech_projector_type", "linear") != "linear":
         raise ConversionError(f"{source}: the speech projector {values['speech_projector_type']!r} is not supported.")
     if values["speech_encoder_type"] != "whisper":
-        raise ConversionError(f"{source}: the speech encoder {values['speech_encoder_type']!r} is not supported.")
+        raise ConversionError(
+            f"{source}/config.json: the speech encoder {values['speech_encoder_type']!r} is not supported."
+        )
     check_sizes({name: values[name] for name in SPEECH_SIZES if name in values}, tensors, source / "config.json")
     config = {"audio_downsample": values["speech_encoder_ds_rate"]}
     # The only size that config.json does not tell: 2048 in all that was released.
@@ -366,7 +367,7 @@ def _speech_decoder_config(
 ) -> TTTOmniSpeechDecoderConfig:
     path = source / "config.json"
     if values["speech_generator_type"] != "ctc":
-        raise ConversionError(f"{source}: the speech generator {values['speech_generator_type']!r} is not supported.")
+        raise ConversionError(f"{path}: the speech generator {values['speech_generator_type']!r} is not supported.")
     sizes = re.fullmatch(r"\(" + r",".join([r"\s*([0-9]{1,10})\s*"] * 4) + r"\)", str(values["ctc_decoder_config"]))
     if sizes is None:
         raise ConversionError(

@@ -66,8 +66,9 @@ def _open_hugging_face(folder: Path) -> tuple[WhisperConfig, dict[str, LazyTenso
     if values.get("model_type") != "whisper":
         raise ConversionError(f"{folder} holds no Whisper model but `model_type` {values.get('model_type')!r}.")
     tensors = open_checkpoint(folder)
-    match = r"(?:model\.)?encoder\.(.+)"  # of WhisperForConditionalGeneration and of WhisperModel
-    encoder = {found[1]: tensor for name, tensor in tensors.items() if (found := re.fullmatch(match, name))}
+    prefixes = ("model.encoder.", "encoder.")  # of WhisperForConditionalGeneration and of WhisperModel
+    prefix = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in tensors)), "")
+    encoder = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
     with errors_of(folder / "config.json"):
         config = WhisperConfig(**{name: values[name] for name in _FIELDS if name in values})
     check_sizes({name: getattr(config, name) for name in _SIZES}, encoder, folder / "config.json")
@@ -131,4 +132,8 @@ def rename_openai_encoder(tensors: dict[str, LazyTensor]) -> dict[str, LazyTenso
         module, dot, parameter = name.partition(".")
         return _MODULES.get(module, module) + dot + parameter
 
-    return {rename(name): tensor for name, tensor in tensors.items()}
+    renamed = {}
+    for name, tensor in tensors.items():
+        if (other := renamed.setdefault(rename(name), tensor)) is not tensor:
+            raise ConversionError(f"{tensor.origin} is the same tensor as {other.origin}.")
+    return renamed
