@@ -22,6 +22,8 @@ AUTO_MAP = {
 }
 INNER_MODELS = ("linear", "mlp")
 BACKBONES = ("llama", "mistral", "qwen2", "qwen3")
+MAX_SIZE = 2**31 - 1  # of a dimension, so that none overflows
+MAX_SAMPLING_RATE = 192_000
 
 
 def _require(condition: bool, message: str) -> None:
@@ -29,27 +31,83 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _require_llama(config: LlamaConfig) -> None:
-    """Check what Llama's own configuration leaves to its model to fail on."""
-    _require(
-        config.hidden_act in ACT2FN, f"`hidden_act` must be an activation of Transformers, got {config.hidden_act!r}."
-    )
-    rope_type = config.rope_parameters.get("rope_type")
-    rope_types = ["default", *ROPE_INIT_FUNCTIONS]
-    _require(rope_type in rope_types, f"`rope_type` must be one of {rope_types}, got {rope_type!r}.")
-    for field in ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers"):
-        _require(getattr(config, field) >= 1, f"`{field}` must be at least 1, got {getattr(config, field)}.")
+def _require_sizes(config: PreTrainedConfig, *fields: str) -> None:
+    """Check that fields, or all entries of those that are lists, are sizes that a tensor may have."""
+    for field in fields:
+        value = getattr(config, field)
+        name = f"audio_config.{field}" if isinstance(config, WhisperConfig) else field
+        for size in value if isinstance(value, (list, tuple)) else [value]:
+            _require(type(size) is int, f"`{name}` must be an integer, got {size!r}.")
+            _require(size >= 1, f"`{name}` must be at least 1, got {size}.")
+            _require(size <= MAX_SIZE, f"`{name}` must be at most {MAX_SIZE}, got {size}.")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
+
+
+def _require_numbers(config: PreTrainedConfig, *fields: str, minimum: float = 0.0) -> None:
+    """Check that fields, or all entries of those that are lists, are finite and not below `minimum`."""
+    for field in fields:
+        value = getattr(config, field)
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            _require(
+                _is_number(number) and number >= minimum,
+                f"`{field}` must be a finite number of at least {minimum}, got {number!r}.",
+            )
+
+
+def require_token_ids(config: PreTrainedConfig, vocab_size: int, *fields: str) -> None:
+    """Check that fields are `None`, or ids, or lists of them, of a vocabulary of `vocab_size` tokens."""
+    for field in fields:
+        value = getattr(config, field)
+        for token in value if isinstance(value, list) else [value]:
+            _require(
+                token is None or (type(token) is int and 0 <= token < vocab_size),
+                f"`{field}` must be the id of one of {vocab_size} tokens, got {token!r}.",
+            )
+
+
+def _require_divisible(config: LlamaConfig) -> None:
+    """Check what `head_dim` and lists with an entry per layer are made from."""
+    _require_sizes(config, "hidden_size", "num_attention_heads", "num_hidden_layers")
     _require(
         config.hidden_size % config.num_attention_heads == 0,
         f"`hidden_size` ({config.hidden_size}) must be a multiple of `num_attention_heads` "
         f"({config.num_attention_heads}).",
     )
+
+
+def _require_llama(config: LlamaConfig) -> None:
+    """Check what Llama's own configuration leaves to its model to fail on."""
+    _require(
+        config.hidden_act in ACT2FN, f"`hidden_act` must be an activation of Transformers, got {config.hidden_act!r}."
+    )
+    _require_rope(config.rope_parameters)
+    _require_divisible(config)
+    _require_sizes(config, "intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
+    _require_numbers(config, "rms_norm_eps", "initializer_range", "attention_dropout")
     _require(
         config.num_attention_heads % config.num_key_value_heads == 0,
         f"`num_attention_heads` ({config.num_attention_heads}) must be a multiple of `num_key_value_heads` "
         f"({config.num_key_value_heads}).",
     )
     _require(config.head_dim % 2 == 0, f"`head_dim` ({config.head_dim}) must be even for rotary embeddings.")
+
+
+def _require_rope(parameters: dict) -> None:
+    """Check `rope_parameters`, of which Transformers checks the names, and warns of values."""
+    rope_type = parameters.get("rope_type")
+    rope_types = ["default", *ROPE_INIT_FUNCTIONS]
+    _require(
+        isinstance(rope_type, str) and rope_type in rope_types,
+        f"`rope_type` must be one of {rope_types}, got {rope_type!r}.",
+    )
+    for name, value in parameters.items():
+        if name in ("rope_type", "type", "truncate", "attention_factor", "mscale", "mscale_all_dim") or value is None:
+            continue
+        for number in value if isinstance(value, list) and name in ("short_factor", "long_factor") else [value]:
+            _require(_is_number(number) and number > 0, f"`{name}` must be a positive number, got {number!r}.")
 
 
 def _require_window(config: LlamaConfig) -> None:
@@ -153,6 +211,7 @@ class TTTOmniTextConfig(LlamaConfig):
                 f"layers.*.{x}.{y}_norm": "replicated_with_grad_allreduce" for x in ("self_attn", "ttt") for y in "qk"
             }
             self.base_model_tp_plan = self.base_model_tp_plan | norms
+        _require_divisible(self)
         if self.layer_types is None:
             ttt_layers = self.num_hidden_layers // 4
             self.layer_types = ["full_attention"] * (self.num_hidden_layers - ttt_layers) + ["hybrid"] * ttt_layers
@@ -164,6 +223,10 @@ class TTTOmniTextConfig(LlamaConfig):
         """Part of `@strict`-powered validation. Raises `ValueError` naming the field that is wrong."""
         _require_llama(self)
         _require(self.backbone in BACKBONES, f"`backbone` must be one of {BACKBONES}, got {self.backbone!r}.")
+        _require_sizes(self, "vocab_size", "ttt_mini_batch_size")
+        _require_numbers(self, "ttt_base_lr")
+        _require_numbers(self, "ttt_gate_init", minimum=-math.inf)
+        require_token_ids(self, self.vocab_size, "pad_token_id")
         unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
         _require(not unknown, f"`layer_types` has unknown entries {unknown}; choose from {list(LAYER_TYPES)}.")
         _require(
@@ -182,7 +245,9 @@ class TTTOmniTextConfig(LlamaConfig):
                 f"`ttt_layer_type` must be one of {list(INNER_MODELS)}, got {ttt_type!r}.",
             )
         _require(
-            self.ttt_mini_batch_size >= 1, f"`ttt_mini_batch_size` must be at least 1, got {self.ttt_mini_batch_size}."
+            self.ttt_mini_batch_size <= self.max_position_embeddings,
+            f"`ttt_mini_batch_size` ({self.ttt_mini_batch_size}) must not exceed `max_position_embeddings` "
+            f"({self.max_position_embeddings}).",
         )
         _require(
             self.ttt_scan_checkpoint_group_size >= 0,
@@ -193,7 +258,7 @@ class TTTOmniTextConfig(LlamaConfig):
             f"`ttt_qk_norm` must be 'rms', 'l2' or 'none', got {self.ttt_qk_norm!r}.",
         )
         _require(
-            self.ttt_rope_theta is None or self.ttt_rope_theta > 0,
+            self.ttt_rope_theta is None or (_is_number(self.ttt_rope_theta) and self.ttt_rope_theta > 0),
             f"`ttt_rope_theta` must be positive or None, got {self.ttt_rope_theta}.",
         )
         _require_window(self)
@@ -223,6 +288,7 @@ class TTTOmniSpeechDecoderConfig(LlamaConfig):
             Weight of the CTC loss beside the LM loss.
         sliding_window (`int`, *optional*):
             Frames seen by a frame, itself included, besides the sinks; `None` is the original's full attention.
+            Conversion with a window for attention sets the frames of 100 tokens.
         attention_sinks (`int`, defaults to 4):
             First frames that a windowed decoder never evicts.
     """
@@ -242,6 +308,7 @@ class TTTOmniSpeechDecoderConfig(LlamaConfig):
     layer_types: list[str] | None = None
 
     def __post_init__(self, **kwargs):
+        _require_divisible(self)
         layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
         self.layer_types = [layer_type] * self.num_hidden_layers
         super().__post_init__(**kwargs)
@@ -250,8 +317,13 @@ class TTTOmniSpeechDecoderConfig(LlamaConfig):
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Raises `ValueError` naming the field that is wrong."""
         _require_llama(self)
-        for field in ("input_size", "upsample_factor", "unit_vocab_size"):
-            _require(getattr(self, field) >= 1, f"`{field}` must be at least 1, got {getattr(self, field)}.")
+        _require_sizes(self, "input_size", "upsample_factor", "unit_vocab_size")
+        _require_numbers(self, "ctc_loss_weight")
+        _require(
+            self.upsample_factor <= self.max_position_embeddings,
+            f"`upsample_factor` ({self.upsample_factor}) must not exceed `max_position_embeddings` "
+            f"({self.max_position_embeddings}).",
+        )
         _require_window(self)
 
 
@@ -305,30 +377,49 @@ class TTTOmniVocoderConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Raises `ValueError` naming the field that is wrong."""
+        for field in ("upsample_rates", "resblock_kernel_sizes"):
+            _require(len(getattr(self, field)) > 0, f"`{field}` must not be empty.")
         _require(
             len(self.upsample_rates) == len(self.upsample_kernel_sizes),
             f"`upsample_kernel_sizes` must have one entry per entry of `upsample_rates` ({len(self.upsample_rates)}), "
             f"got {len(self.upsample_kernel_sizes)}.",
         )
-        for field in ("unit_vocab_size", "unit_embed_dim", "duration_predictor_hidden_dim", "sampling_rate"):
-            _require(getattr(self, field) >= 1, f"`{field}` must be at least 1, got {getattr(self, field)}.")
+        _require_sizes(
+            self, "unit_vocab_size", "unit_embed_dim", "duration_predictor_hidden_dim", "upsample_initial_channel",
+            "upsample_rates", "upsample_kernel_sizes", "resblock_kernel_sizes", "sampling_rate",
+        )  # fmt: skip
+        _require(
+            self.sampling_rate <= MAX_SAMPLING_RATE,
+            f"`sampling_rate` must be at most {MAX_SAMPLING_RATE}, got {self.sampling_rate}.",
+        )
+        _require_numbers(self, "var_pred_dropout", "leaky_relu_slope", "initializer_range")
         _require(
             all(size % 2 == 1 for size in self.resblock_kernel_sizes),
             f"`resblock_kernel_sizes` must be odd, got {list(self.resblock_kernel_sizes)}.",
         )
         for rate, kernel_size in zip(self.upsample_rates, self.upsample_kernel_sizes):
             _require(
-                rate >= 1 and kernel_size >= rate and (kernel_size - rate) % 2 == 0,
+                kernel_size >= rate and (kernel_size - rate) % 2 == 0,
                 f"`upsample_kernel_sizes` ({kernel_size}) must exceed `upsample_rates` ({rate}) by an even number.",
             )
         _require(
             len(self.resblock_kernel_sizes) == len(self.resblock_dilation_sizes),
             "`resblock_dilation_sizes` must have one entry per entry of `resblock_kernel_sizes`.",
         )
+        for kernel_size, dilations in zip(self.resblock_kernel_sizes, self.resblock_dilation_sizes):
+            _require(
+                isinstance(dilations, (list, tuple))
+                and all(
+                    type(dilation) is int and 1 <= dilation and (kernel_size - 1) * dilation <= self.sampling_rate
+                    for dilation in dilations
+                ),
+                "`resblock_dilation_sizes` must be lists of integers that stretch a kernel to a second at most, got "
+                f"{dilations!r}.",
+            )
         _require(
             self.upsample_initial_channel % 2 ** len(self.upsample_rates) == 0,
             f"`upsample_initial_channel` ({self.upsample_initial_channel}) must be a multiple of "
-            f"{2 ** len(self.upsample_rates)}, as it is halved once per entry of `upsample_rates`.",
+            f"2**{len(self.upsample_rates)}, as it is halved once per entry of `upsample_rates`.",
         )
         _require(
             self.variance_predictor_kernel_size == 3,
@@ -392,10 +483,20 @@ class TTTOmniConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Raises `ValueError` naming the field that is wrong."""
-        _require(self.audio_downsample >= 1, f"`audio_downsample` must be at least 1, got {self.audio_downsample}.")
+        _require_sizes(self, "audio_downsample", "projector_hidden_size")
         audio, speech_decoder, vocoder = self.audio_config, self.speech_decoder_config, self.vocoder_config
         if audio is not None:
             _require(self.audio_token_id is not None, "`audio_token_id` must be set when there is an `audio_config`.")
+            require_token_ids(self, self.text_config.vocab_size, "audio_token_id")
+            _require_sizes(
+                audio, "d_model", "encoder_attention_heads", "encoder_layers", "encoder_ffn_dim", "num_mel_bins",
+                "max_source_positions",
+            )  # fmt: skip
+            _require(
+                audio.activation_function in ACT2FN,
+                f"`audio_config.activation_function` must be an activation of Transformers, got "
+                f"{audio.activation_function!r}.",
+            )
             _require(
                 audio.d_model % audio.encoder_attention_heads == 0,
                 f"`audio_config.d_model` ({audio.d_model}) must be a multiple of "

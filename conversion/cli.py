@@ -55,7 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--mini-batch-size", type=int, default=64, metavar="N", help="tokens per step of the TTT state (default: 64)"
     )
-    convert.add_argument("--attention-window", type=int, metavar="N", help="tokens that attention sees (default: all)")
+    convert.add_argument(
+        "--attention-window",
+        type=int,
+        metavar="N",
+        help="tokens that attention sees, and 100 that speech does (default: all)",
+    )
     convert.add_argument(
         "--attention-sinks", type=int, default=4, metavar="N", help="first tokens that it sees for ever (default: 4)"
     )

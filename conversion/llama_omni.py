@@ -2,6 +2,7 @@
 """Conversion of a LLaMA-Omni or Llama 3 checkpoint to TTT-Omni."""
 
 import copy
+import math
 import os
 import re
 import shutil
@@ -20,15 +21,22 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from ..configuration_ttt_omni import TTTOmniConfig, TTTOmniSpeechDecoderConfig, TTTOmniTextConfig
+from ..configuration_ttt_omni import (
+    TTTOmniConfig,
+    TTTOmniSpeechDecoderConfig,
+    TTTOmniTextConfig,
+    require_token_ids,
+)
+from ..files_ttt_omni import new_folder
 from ..modeling_ttt_omni import TTTOmniForCausalLM
 from ..processing_ttt_omni import TTTOmniProcessor
 from .checkpoint import (
     ConversionError,
     LazyTensor,
-    check_new_folder,
+    check_layers,
+    check_sizes,
     check_tensors,
-    new_folder,
+    errors_of,
     open_checkpoint,
     read_json,
     write_checkpoint,
@@ -65,6 +73,26 @@ NUMBERS = {
     "ctc_loss_weight": (int, float),
     "unit_vocab_size": int,
 }
+# The sizes in its config, which are those of tensors, alone or multiplied by others.
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+SPEECH_SIZES = ("speech_encoder_ds_rate", "speech_encoder_hidden_size", "unit_vocab_size")
+# Frames that the speech decoder sees where attention has a window, in tokens: most answers are shorter, and sound as
+# without; later ones cost as much per token as the 100th.
+SPEECH_WINDOW_TOKENS = 100
+# Types of what a generation config most often has, which Transformers takes as it comes.
+GENERATION_FIELDS = {
+    "do_sample": bool,
+    "max_length": int,
+    "max_new_tokens": int,
+    "min_length": int,
+    "min_new_tokens": int,
+    "num_beams": int,
+    "repetition_penalty": (int, float),
+    "temperature": (int, float),
+    "top_k": int,
+    "top_p": (int, float),
+}
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 ROPE_FIELDS = ("rope_parameters", "rope_theta", "rope_scaling")
 # What the speech decoder takes over from the language model.
 SHARED_FIELDS = (
@@ -112,30 +140,30 @@ def convert_llama_omni(
             its rotary embedding, by the position in the mini-batch.
         ttt_type: inner model, `"linear"` or `"mlp"`, for all layers or one per layer of the model.
         mini_batch_size: tokens per inner mini-batch.
-        attention_window: tokens that attention sees, in all layers, so that memory is bounded; by default all.
+        attention_window: tokens that attention sees, in all layers, so that memory is bounded; by default all. The
+            speech decoder then sees the frames of the last 100 tokens.
         attention_sinks: first tokens that it sees besides, for ever.
         dtype: `"bfloat16"`, `"float16"` or `"float32"`; TTT's inner parameters and the vocoder are float32 always.
         max_shard_size: of a file of weights, in bytes or as `"5GB"`.
 
     Raises:
         [`ConversionError`]: what is wrong with the checkpoint, in one line.
-        ValueError: a field of its config is.
+        FileExistsError: `output` is a file, or a folder that is not empty.
     """
-    check_new_folder(Path(output))
-    conversion = plan_conversion(
-        Path(source),
-        whisper=whisper,
-        vocoder=vocoder,
-        vocoder_config=vocoder_config,
-        layers=layers,
-        mode=mode,
-        ttt_type=ttt_type,
-        mini_batch_size=mini_batch_size,
-        attention_window=attention_window,
-        attention_sinks=attention_sinks,
-        dtype=dtype,
-    )
-    with new_folder(Path(output)) as folder:
+    with new_folder(output) as folder:
+        conversion = plan_conversion(
+            Path(source),
+            whisper=whisper,
+            vocoder=vocoder,
+            vocoder_config=vocoder_config,
+            layers=layers,
+            mode=mode,
+            ttt_type=ttt_type,
+            mini_batch_size=mini_batch_size,
+            attention_window=attention_window,
+            attention_sinks=attention_sinks,
+            dtype=dtype,
+        )
         conversion.write(folder, max_shard_size)
 
 
@@ -187,6 +215,7 @@ def plan_conversion(
     listens = _has_part(LISTENING, tensors, values, source)
     speaks = _has_part(SPEAKING, tensors, values, source)
     tensors, encoder = _rename(tensors)
+    text_values = _text_values(values, tensors, source)
     parts = {}
     if listens:
         parts |= _listening_config(values, tensors, source)
@@ -196,23 +225,22 @@ def plan_conversion(
     tensors |= {f"model.audio_tower.{name}": tensor for name, tensor in encoder.items()}
     _check_vocoder_arguments(speaks, vocoder, vocoder_config, source)
     if speaks:
-        parts["speech_decoder_config"] = _speech_decoder_config(values, source)
+        parts["speech_decoder_config"] = _speech_decoder_config(values, tensors, attention_window is not None, source)
         parts["vocoder_config"] = vocoder_config_from_fairseq(vocoder_config)
         state = load_fairseq_vocoder(vocoder, parts["vocoder_config"])
         tensors |= {f"vocoder.{name}": LazyTensor.of(x, f"`{name}` in {vocoder}") for name, x in state.items()}
 
     # The checkpoint is checked against the model without TTT, which is then grafted on.
-    num_layers = values["num_hidden_layers"]
-    ttt_layers = select_layers(layers, num_layers)
-    text_config = _text_config(
-        values,
-        layer_types=["full_attention"] * num_layers,
+    ttt_layers = select_layers(layers, values["num_hidden_layers"])
+    text_config = TTTOmniTextConfig(
+        **text_values,
         ttt_layer_type=ttt_type,
         ttt_mini_batch_size=mini_batch_size,
         sliding_window=attention_window,
         attention_sinks=attention_sinks,
     )
-    processor = _processor(_read_tokenizer(source, values), parts.get("audio_config"), values)
+    with errors_of(source):
+        processor = _processor(_read_tokenizer(source, values), parts.get("audio_config"), values)
     if listens:
         parts["audio_token_id"] = processor.audio_token_id
     config = TTTOmniConfig(text_config=text_config, tie_word_embeddings=text_config.tie_word_embeddings, **parts)
@@ -256,10 +284,15 @@ def _read_config(source: Path) -> dict:
             f"{source}/config.json has the `model_type` {values.get('model_type')!r}, not one of {SOURCE_MODEL_TYPES}."
         )
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    missing = [field for field in needed if not isinstance(values.get(field), int)]
+    missing = [field for field in needed if not _is(values.get(field), int)]
     if missing:
         raise ConversionError(f"{source}/config.json has no number {', '.join(missing)}.")
     return values
+
+
+def _is(value, types) -> bool:
+    """Whether `value` is of one of `types`, as JSON has them: a Boolean is no number."""
+    return isinstance(value, types) and (types is bool or not isinstance(value, bool))
 
 
 def _has_part(part: tuple, tensors: dict[str, LazyTensor], values: dict, source: Path) -> bool:
@@ -269,7 +302,7 @@ def _has_part(part: tuple, tensors: dict[str, LazyTensor], values: dict, source:
     if any(name.startswith(prefix) for name in tensors):
         if missing:
             raise ConversionError(f"{source}/config.json lacks {', '.join(missing)} for the tensors {prefix}*.")
-        no_numbers = [name for name in fields if name in NUMBERS and not isinstance(values[name], NUMBERS[name])]
+        no_numbers = [name for name in fields if name in NUMBERS and not _is(values[name], NUMBERS[name])]
         if no_numbers:
             raise ConversionError(f"{source}/config.json: {no_numbers[0]} is no number: {values[no_numbers[0]]!r}.")
         return True
@@ -291,14 +324,29 @@ def _rename(tensors: dict[str, LazyTensor]) -> tuple[dict[str, LazyTensor], dict
     return renamed, encoder
 
 
-def _text_config(values: dict, **ttt_fields) -> TTTOmniTextConfig:
+def _text_values(values: dict, tensors: dict[str, LazyTensor], source: Path) -> dict:
+    """The arguments of a [`TTTOmniTextConfig`] without TTT, such as the tensors are those of."""
+    path = source / "config.json"
+    num_layers = values["num_hidden_layers"]
+    check_layers(num_layers, tensors, "model.language_model.layers.", f"{path}: `num_hidden_layers`")
     known = (*LlamaConfig.__annotations__, *ROPE_FIELDS)
-    return TTTOmniTextConfig(**copy.deepcopy({name: values[name] for name in known if name in values}), **ttt_fields)
+    text_values = {name: values[name] for name in known if name in values}
+    text_values["layer_types"] = ["full_attention"] * num_layers
+    with errors_of(path):
+        config = TTTOmniTextConfig(**copy.deepcopy(text_values))
+        require_token_ids(config, config.vocab_size, *TOKEN_IDS)
+    check_sizes({name: getattr(config, name) for name in SIZES}, tensors, path)
+    return copy.deepcopy(text_values)
 
 
 def _listening_config(values: dict, tensors: dict[str, LazyTensor], source: Path) -> dict:
     if values.get("speech_projector_type", "linear") != "linear":
         raise ConversionError(f"{source}: the speech projector {values['speech_projector_type']!r} is not supported.")
+    if values["speech_encoder_type"] != "whisper":
+        raise ConversionError(
+            f"{source}/config.json: the speech encoder {values['speech_encoder_type']!r} is not supported."
+        )
+    check_sizes({name: values[name] for name in SPEECH_SIZES if name in values}, tensors, source / "config.json")
     config = {"audio_downsample": values["speech_encoder_ds_rate"]}
     # The only size that config.json does not tell: 2048 in all that was released.
     if first_linear := tensors.get("model.multi_modal_projector.linear_1.weight"):
@@ -314,26 +362,39 @@ def _check_vocoder_arguments(speaks: bool, vocoder, vocoder_config, source: Path
             raise ConversionError(f"{source} has no speech generator, so that {option} has no use; leave it out.")
 
 
-def _speech_decoder_config(values: dict, source: Path) -> TTTOmniSpeechDecoderConfig:
-    sizes = re.fullmatch(r"\(" + r",".join([r"\s*(\d+)\s*"] * 4) + r"\)", str(values["ctc_decoder_config"]))
+def _speech_decoder_config(
+    values: dict, tensors: dict[str, LazyTensor], is_windowed: bool, source: Path
+) -> TTTOmniSpeechDecoderConfig:
+    path = source / "config.json"
+    if values["speech_generator_type"] != "ctc":
+        raise ConversionError(f"{path}: the speech generator {values['speech_generator_type']!r} is not supported.")
+    sizes = re.fullmatch(r"\(" + r",".join([r"\s*([0-9]{1,10})\s*"] * 4) + r"\)", str(values["ctc_decoder_config"]))
     if sizes is None:
         raise ConversionError(
-            f"{source}/config.json: `ctc_decoder_config` must be '(layers, width, heads, inner width)', got "
-            f"{values['ctc_decoder_config']!r}."
+            f"{path}: `ctc_decoder_config` must be '(layers, width, heads, inner width)', got "
+            f"{str(values['ctc_decoder_config'])[:80]!r}."
         )
     num_layers, width, num_heads, inner_width = map(int, sizes.groups())
-    return TTTOmniSpeechDecoderConfig(
-        **copy.deepcopy({name: values[name] for name in SHARED_FIELDS if name in values}),
-        num_hidden_layers=num_layers,
-        hidden_size=width,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_heads,
-        intermediate_size=inner_width,
-        input_size=values["hidden_size"],
-        upsample_factor=values["ctc_upsample_factor"],
-        unit_vocab_size=values["unit_vocab_size"],
-        ctc_loss_weight=values["ctc_loss_weight"],
-    )
+    check_layers(num_layers, tensors, "speech_decoder.layers.", f"{path}: the first number of `ctc_decoder_config`")
+    check_sizes({"ctc_decoder_config": max(width, num_heads, inner_width)}, tensors, path)
+    with errors_of(path):
+        config = TTTOmniSpeechDecoderConfig(
+            **copy.deepcopy({name: values[name] for name in SHARED_FIELDS if name in values}),
+            num_hidden_layers=num_layers,
+            hidden_size=width,
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_heads,
+            intermediate_size=inner_width,
+            input_size=values["hidden_size"],
+            upsample_factor=values["ctc_upsample_factor"],
+            unit_vocab_size=values["unit_vocab_size"],
+            ctc_loss_weight=values["ctc_loss_weight"],
+        )
+    if not is_windowed:
+        return config
+    longest = config.max_position_embeddings - config.attention_sinks
+    window = min(SPEECH_WINDOW_TOKENS * config.upsample_factor, longest)
+    return TTTOmniSpeechDecoderConfig(**config.to_dict() | {"sliding_window": window})
 
 
 def _encoder(
@@ -359,9 +420,10 @@ def _read_tokenizer(source: Path, values: dict) -> PreTrainedTokenizerBase:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
     except Exception as error:  # all that the tokenizers library raises
         raise ConversionError(f"{source}: the tokenizer cannot be read: {error}") from error
-    if len(tokenizer) > values["vocab_size"]:
+    num_tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if num_tokens > values["vocab_size"]:
         raise ConversionError(
-            f"{source}: the tokenizer has {len(tokenizer)} tokens, more than the model's {values['vocab_size']}."
+            f"{source}: the tokenizer has {num_tokens} tokens, more than the model's {values['vocab_size']}."
         )
     tokenizer.model_max_length = values.get("max_position_embeddings", tokenizer.model_max_length)
     return tokenizer
@@ -379,8 +441,16 @@ def _processor(
 def _generation_config(source: Path, config: TTTOmniConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """What the checkpoint says of generation, completed by the special tokens' ids of its config and tokenizer."""
     path = source / "generation_config.json"
-    generation_config = GenerationConfig.from_dict(read_json(path) if path.is_file() else {})
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    values = read_json(path) if path.is_file() else {}
+    for name, value in values.items():
+        if name in GENERATION_FIELDS and value is not None and not _is(value, GENERATION_FIELDS[name]):
+            raise ConversionError(f"{path}: `{name}` is of a wrong type: {value!r}.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConversionError(f"{path}: `{name}` must be finite, got {value!r}.")
+    with errors_of(path):
+        generation_config = GenerationConfig.from_dict(values)
+        require_token_ids(generation_config, config.text_config.vocab_size, *TOKEN_IDS)
+    for name in TOKEN_IDS:
         for origin in (config.text_config, tokenizer):
             if getattr(generation_config, name) is None:
                 setattr(generation_config, name, getattr(origin, name))
@@ -391,7 +461,7 @@ def _shapes(config: TTTOmniConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what a model of `config` saves."""
     with torch.device("meta"):
         model = TTTOmniForCausalLM(config)
-    tied = model.all_tied_weights_keys
+    tied = model._tied_weights_keys if config.tie_word_embeddings else {}
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .checkpoint import new_folder
+from ..files_ttt_omni import new_folder
 from .llama_omni import plan_conversion
 
 
@@ -68,9 +68,9 @@ def make_tiny(output: str | os.PathLike) -> None:
     in `output/llama-omni`. The same weights come out at every call.
 
     Raises:
-        [`ConversionError`]: `output` exists and is not empty.
+        FileExistsError: `output` exists and is not empty.
     """
-    with new_folder(Path(output)) as folder:
+    with new_folder(output) as folder:
         source = folder / "llama-omni"
         source.mkdir()
         write_llama_omni(source)

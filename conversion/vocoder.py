@@ -1,16 +1,14 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 """fairseq's unit HiFi-GAN (`CodeHiFiGANVocoder`) as a `TTTOmniVocoder`."""
 
-import json
 import os
-import pickle
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from ..configuration_ttt_omni import TTTOmniVocoderConfig
 from ..vocoder_ttt_omni import TTTOmniVocoder
+from .checkpoint import ConversionError, check_dtype, check_sizes, errors_of, load_pt, read_json, tensors_of
 
 
 # fairseq's name of a field, those of `dur_predictor_params` included, to ours.
@@ -49,30 +47,33 @@ def vocoder_config_from_fairseq(json_path: str | os.PathLike) -> TTTOmniVocoderC
     Reads the JSON that comes with fairseq's unit HiFi-GAN.
 
     Raises:
-        `ValueError`: it is no such JSON, lacks a field, or describes a vocoder of another kind.
+        [`ConversionError`]: it is no such JSON, lacks a field, or describes a vocoder of another kind.
     """
-    try:
-        source = json.loads(Path(json_path).read_text(encoding="utf-8"))
-        fields = source | source.get("dur_predictor_params", {})
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{json_path} is not the JSON of a vocoder: {error}") from error
+    json_path = Path(json_path)
+    source = read_json(json_path)
+    predictor = source.get("dur_predictor_params", {})
+    if not isinstance(predictor, dict):
+        raise ConversionError(f"{json_path}: `dur_predictor_params` must be an object, got {predictor!r}.")
+    fields = source | predictor
     missing = sorted({*_FIELDS, "encoder_embed_dim"} - fields.keys())
     if missing:
-        raise ValueError(f"{json_path} lacks {missing}; a unit vocoder with a duration predictor is needed.")
+        raise ConversionError(f"{json_path} lacks {missing}; a unit vocoder with a duration predictor is needed.")
     for field in ("f0", "multispkr", "embedder_params"):
         if fields.get(field):
-            raise ValueError(f"{json_path}: `{field}` is set; a vocoder with pitch or speaker input is not supported.")
+            raise ConversionError(
+                f"{json_path}: `{field}` is set; a vocoder with pitch or speaker input is not supported."
+            )
     for field, supported in (
         ("resblock", "1"),
         ("model_in_dim", fields["embedding_dim"]),
         ("encoder_embed_dim", fields["embedding_dim"]),
     ):
         if str(fields.get(field, supported)) != str(supported):
-            raise ValueError(f"{json_path}: `{field}` is {fields[field]!r}; only {supported!r} is supported here.")
-    try:
+            raise ConversionError(
+                f"{json_path}: `{field}` is {fields[field]!r}; only {supported!r} is supported here."
+            )
+    with errors_of(json_path):
         return TTTOmniVocoderConfig(**{ours: fields[theirs] for theirs, ours in _FIELDS.items()})
-    except (ValueError, StrictDataclassError) as error:
-        raise ValueError(f"{json_path}: {' '.join(str(error).split())}") from error
 
 
 def load_fairseq_vocoder(checkpoint_path: str | os.PathLike, config: TTTOmniVocoderConfig) -> dict[str, torch.Tensor]:
@@ -83,23 +84,26 @@ def load_fairseq_vocoder(checkpoint_path: str | os.PathLike, config: TTTOmniVoco
         The state dict, in float32, of a [`TTTOmniVocoder`] of `config`.
 
     Raises:
-        `ValueError`: it cannot be read, or its tensors are not those that `config` calls for.
+        [`ConversionError`]: it cannot be read, or its tensors are not those that `config` calls for.
     """
-    try:
-        state = torch.load(checkpoint_path, map_location="cpu", weights_only=True)["generator"]
-        state = {name: tensor.float() for name, tensor in state.items()}
-    except (RuntimeError, EOFError, pickle.UnpicklingError, LookupError, TypeError, AttributeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{checkpoint_path} is not a fairseq vocoder, {{'generator': tensors}}: {reason}") from error
+    path = Path(checkpoint_path)
+    what = "a fairseq vocoder, {'generator': tensors}"
+    state = tensors_of(*load_pt(path, "generator", what=what), path, what)
+    check_sizes(_sizes(config), state, path)
+    num_convolutions = 2 * len(config.upsample_rates) * sum(map(len, config.resblock_dilation_sizes))
+    if num_convolutions > len(state):
+        raise ConversionError(
+            f"{path} has {len(state)} tensors, too few for the {num_convolutions} convolutions that its JSON's "
+            "`resblock_dilation_sizes` call for."
+        )
 
     def take(name: str, shape: torch.Size) -> torch.Tensor:
         if name not in state:
-            raise ValueError(f"{checkpoint_path} lacks the tensor `{name}`.")
+            raise ConversionError(f"{path} lacks the tensor `{name}`.")
         if state[name].shape != shape:
-            raise ValueError(
-                f"{checkpoint_path}: `{name}` has the shape {list(state[name].shape)}, expected {list(shape)}."
-            )
-        return state.pop(name)
+            raise ConversionError(f"{path}: `{name}` has the shape {list(state[name].shape)}, expected {list(shape)}.")
+        check_dtype(state[name])
+        return state.pop(name).read().float()
 
     with torch.device("meta"):
         expected = TTTOmniVocoder(config).state_dict()
@@ -113,5 +117,11 @@ def load_fairseq_vocoder(checkpoint_path: str | os.PathLike, config: TTTOmniVoco
         else:
             tensors[name] = take(source, tensor.shape)
     if state:
-        raise ValueError(f"{checkpoint_path} has tensors that its JSON does not call for: {sorted(state)[:5]}.")
+        raise ConversionError(f"{path} has tensors that its JSON does not call for: {sorted(state)[:5]}.")
     return tensors
+
+
+def _sizes(config: TTTOmniVocoderConfig) -> dict[str, int]:
+    lists = ("upsample_kernel_sizes", "resblock_kernel_sizes")
+    sizes = ("unit_vocab_size", "unit_embed_dim", "duration_predictor_hidden_dim", "upsample_initial_channel")
+    return {name: max(getattr(config, name)) for name in lists} | {name: getattr(config, name) for name in sizes}

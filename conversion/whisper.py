@@ -1,20 +1,41 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 """Whisper's encoder, in OpenAI's format or that of Transformers, as the tensors of a `WhisperEncoder`."""
 
-import pickle
 import re
-import zipfile
 from pathlib import Path
 
-import torch
 from transformers import WhisperConfig
 from transformers.utils import logging
 
-from .checkpoint import ConversionError, LazyTensor, open_checkpoint, read_json
+from .checkpoint import (
+    ConversionError,
+    LazyTensor,
+    check_layers,
+    check_sizes,
+    errors_of,
+    load_pt,
+    open_checkpoint,
+    read_json,
+    tensors_of,
+)
 
 
 logger = logging.get_logger(__name__)
 
+# What of Transformers' `WhisperConfig` says how the encoder is built.
+_SIZES = ("num_mel_bins", "max_source_positions", "d_model", "encoder_attention_heads", "encoder_ffn_dim")
+_FIELDS = (
+    *_SIZES,
+    "encoder_layers",
+    "encoder_layerdrop",
+    "activation_function",
+    "activation_dropout",
+    "attention_dropout",
+    "dropout",
+    "init_std",
+    "scale_embedding",
+)
+_DIMS = ("n_mels", "n_audio_ctx", "n_audio_state", "n_audio_head", "n_audio_layer")
 _MODULES = {
     "positional_embedding": "embed_positions.weight",
     "conv1": "conv1",
@@ -45,25 +66,27 @@ def _open_hugging_face(folder: Path) -> tuple[WhisperConfig, dict[str, LazyTenso
     if values.get("model_type") != "whisper":
         raise ConversionError(f"{folder} holds no Whisper model but `model_type` {values.get('model_type')!r}.")
     tensors = open_checkpoint(folder)
-    match = r"(?:model\.)?encoder\.(.+)"  # of WhisperForConditionalGeneration and of WhisperModel
-    encoder = {found[1]: tensor for name, tensor in tensors.items() if (found := re.fullmatch(match, name))}
-    return WhisperConfig.from_dict(values), encoder
+    prefixes = ("model.encoder.", "encoder.")  # of WhisperForConditionalGeneration and of WhisperModel
+    prefix = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in tensors)), "")
+    encoder = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    with errors_of(folder / "config.json"):
+        config = WhisperConfig(**{name: values[name] for name in _FIELDS if name in values})
+    check_sizes({name: getattr(config, name) for name in _SIZES}, encoder, folder / "config.json")
+    check_layers(config.encoder_layers, encoder, "layers.", f"{folder}/config.json: `encoder_layers`")
+    return config, encoder
 
 
 def _open_openai(path: Path) -> tuple[WhisperConfig, dict[str, LazyTensor]]:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        dims, state = checkpoint["dims"], checkpoint["model_state_dict"]
-        dims = [dims[f"n_{name}"] for name in ("mels", "audio_ctx", "audio_state", "audio_head", "audio_layer")]
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError, TypeError) as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
-        raise ConversionError(f"{path} is not a Whisper checkpoint in OpenAI's format: {reason}") from error
-    tensors = {
-        name.removeprefix("encoder."): LazyTensor.of(tensor, f"`{name}` in {path}")
-        for name, tensor in state.items()
-        if name.startswith("encoder.")
-    }
-    return _config(*dims), rename_openai_encoder(tensors)
+    what = "a Whisper checkpoint in OpenAI's format"
+    dims, state = load_pt(path, "dims", "model_state_dict", what=what)
+    for field in _DIMS:
+        if type(dims.get(field)) is not int or dims[field] < 1:
+            raise ConversionError(f"{path} is not {what}: `{field}` in its `dims` is {dims.get(field)!r}.")
+    tensors = tensors_of(state, path, what)
+    tensors = {name.removeprefix("encoder."): x for name, x in tensors.items() if name.startswith("encoder.")}
+    check_sizes({field: dims[field] for field in _DIMS[:-1]}, tensors, path)
+    check_layers(dims["n_audio_layer"], tensors, "blocks.", f"{path}: `n_audio_layer`")
+    return _config(*(dims[field] for field in _DIMS)), rename_openai_encoder(tensors)
 
 
 def open_openai_encoder(tensors: dict[str, LazyTensor], source: Path) -> tuple[WhisperConfig, dict[str, LazyTensor]]:
@@ -109,4 +132,8 @@ def rename_openai_encoder(tensors: dict[str, LazyTensor]) -> dict[str, LazyTenso
         module, dot, parameter = name.partition(".")
         return _MODULES.get(module, module) + dot + parameter
 
-    return {rename(name): tensor for name, tensor in tensors.items()}
+    renamed = {}
+    for name, tensor in tensors.items():
+        if (other := renamed.setdefault(rename(name), tensor)) is not tensor:
+            raise ConversionError(f"{tensor.origin} is the same tensor as {other.origin}.")
+    return renamed

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.serialization import skip_data
 from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
@@ -31,6 +33,7 @@ from ttt_omni.conversion import ConversionError, convert_llama_omni, tiny
 from ttt_omni.conversion.cli import main
 from ttt_omni.conversion.graft import select_layers
 from ttt_omni.conversion.llama_omni import plan_conversion
+from ttt_omni.streaming_ttt_omni import UnitStream
 
 
 def load_tensors(folder):
@@ -284,6 +287,27 @@ def test_a_window(golden_model_dir, goldens, parts, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_window_bounds_speech_too(golden_model_dir, source, parts, tmp_path):
+    """2,000 tokens with the memory of 100, and what is said of the first 100 is what the original says of them."""
+    convert_llama_omni(source, tmp_path / "out", **parts, attention_window=64, dtype="float32")
+    windowed = AutoModelForCausalLM.from_pretrained(tmp_path / "out").speech_decoder
+    full = AutoModelForCausalLM.from_pretrained(golden_model_dir).speech_decoder
+    assert full.config.sliding_window is None and windowed.config.sliding_window == 100 * 25
+    hidden_states = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
+    stream, units, sizes = UnitStream(windowed), [], []
+    for piece in hidden_states.split(50):
+        units.append(stream.push(piece))
+        sizes.append([layer.keys.shape[2] for layer in stream.cache.layers])
+    assert sizes[2:] == [[4 + 100 * 25 - 1] * 2] * 38
+    assert torch.equal(torch.cat(units[:2]), UnitStream(full).push(hidden_states[:100]))
+    assert len(torch.cat(units)) > 2000
+
+    edit_json(source / "config.json", max_position_embeddings=1000)
+    convert_llama_omni(source, tmp_path / "short", **parts, attention_window=64)
+    config = json.loads((tmp_path / "short" / "config.json").read_text())["speech_decoder_config"]
+    assert config["sliding_window"] + config["attention_sinks"] == 1000
+
+
 @pytest.mark.parametrize("tied, bias", [(False, False), (True, True)])
 def test_a_text_only_llama(goldens, tmp_path, tied, bias):
     torch.manual_seed(0)
@@ -369,8 +393,7 @@ def test_parameters_of_the_real_sizes(tmp_path, tiny_model_dir):
         ctc_decoder_config="(2,4096,32,11008)", unit_vocab_size=1000,
     )  # fmt: skip
 
-    def nothing(*shape):
-        return torch.zeros(1).expand(shape)
+    nothing = torch.empty
 
     encoder = {"conv1.weight": (1280, 128, 3), "conv1.bias": (1280,), "conv2.weight": (1280, 1280, 3)}
     encoder |= {"conv2.bias": (1280,), "positional_embedding": (1500, 1280)}
@@ -385,7 +408,8 @@ def test_parameters_of_the_real_sizes(tmp_path, tiny_model_dir):
             encoder |= {f"{block}.{name}.weight": (1280,), f"{block}.{name}.bias": (1280,)}
     dims = {"n_mels": 128, "n_audio_ctx": 1500, "n_audio_state": 1280, "n_audio_head": 20, "n_audio_layer": 32}
     state = {f"encoder.{name}": nothing(*shape) for name, shape in encoder.items()}
-    torch.save({"dims": dims, "model_state_dict": state}, tmp_path / "large-v3.pt")
+    with skip_data():
+        torch.save({"dims": dims, "model_state_dict": state}, tmp_path / "large-v3.pt")
 
     released = {"num_embeddings": 1000, "embedding_dim": 128, "model_in_dim": 128, "upsample_initial_channel": 512}
     predictor = {
@@ -414,7 +438,8 @@ def test_parameters_of_the_real_sizes(tmp_path, tiny_model_dir):
         }
         state |= {f"dur_predictor.ln{i}.weight": nothing(128), f"dur_predictor.ln{i}.bias": nothing(128)}
     state |= {"dur_predictor.proj.weight": nothing(1, 128), "dur_predictor.proj.bias": nothing(1)}
-    torch.save({"generator": state}, tmp_path / "vocoder.pt")
+    with skip_data():
+        torch.save({"generator": state}, tmp_path / "vocoder.pt")
 
     conversion = plan_conversion(
         source,
@@ -526,6 +551,41 @@ def without_reserved_tokens(source, arguments):
         (source / name).write_text(content.replace("<|reserved_special_token_0|>", "<|something_else|>"))
 
 
+def with_vocoder(source, arguments, **values):
+    arguments["--vocoder-config"] = Path(shutil.copy(arguments["--vocoder-config"], source))
+    edit_json(arguments["--vocoder-config"], **values)
+
+
+def edit_pt(source, arguments, option, edit):
+    content = torch.load(arguments[option], weights_only=True)
+    edit(content)
+    arguments[option] = source / "edited.pt"
+    torch.save(content, arguments[option])
+
+
+def with_index_entry(source, arguments, file):
+    shard(source, 2)
+    index = source / "model.safetensors.index.json"
+    edit_json(index, weight_map=json.loads(index.read_text())["weight_map"] | {NORM: file})
+
+
+def tensor_in_two_shards(source, arguments):
+    shard(source, 2)
+    paths = sorted(source.glob("*.safetensors"))
+    first, second = map(load_file, paths)
+    name = next(iter(first))
+    save_file(second | {name: torch.full_like(first[name], 7.0)}, paths[1], metadata={"format": "pt"})
+
+
+def compressed_vocoder(source, arguments):
+    with zipfile.ZipFile(arguments["--vocoder"]) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    arguments["--vocoder"] = source / "compressed.pt"
+    with zipfile.ZipFile(arguments["--vocoder"], "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+
+
 NORM = "model.norm.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
 K = "model.layers.3.self_attn.k_proj.weight"
@@ -587,6 +647,140 @@ BAD_INPUT = {
     "layers that are none": (lambda s, a: a.update({"--layers": "2:3"}), "no list of numbers"),
     "mini-batch of 0": (lambda s, a: a.update({"--mini-batch-size": 0}), "ttt_mini_batch_size"),
     "missing source": (lambda s, a: a.update({"--source": s / "none"}), "not a folder"),
+}  # fmt: skip
+
+CONV = "encoder.conv1.weight"
+ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+# Fields of config.json: a value, and what the error says of it.
+BAD_VALUES = [
+    ("num_hidden_layers", 10**9, "`num_hidden_layers` is 1000000000, but there are 4 layers"),
+    ("num_hidden_layers", 10**13, "`num_hidden_layers`"),
+    ("num_hidden_layers", 3, "`num_hidden_layers` is 3, but there are 4 layers"),
+    ("num_hidden_layers", True, "no number num_hidden_layers"),
+    ("vocab_size", 10**12, "`vocab_size`"),
+    ("vocab_size", 2**70, "`vocab_size`"),
+    ("hidden_size", 2**62, "`hidden_size`"),
+    ("hidden_size", 64.0, "hidden_size"),
+    ("intermediate_size", 10**9, "`intermediate_size` must be 1 to 2048, as the weights are, got 1000000000"),
+    ("head_dim", 10**9, "`head_dim`"),
+    ("head_dim", 0, "`head_dim` must be at least 1, got 0"),
+    ("num_attention_heads", 0, "`num_attention_heads` must be at least 1, got 0"),
+    ("num_key_value_heads", 0, "`num_key_value_heads` must be at least 1, got 0"),
+    ("max_position_embeddings", -1, "`max_position_embeddings` must be at least 1, got -1"),
+    ("max_position_embeddings", 10**30, "`max_position_embeddings` must be at most"),
+    ("rms_norm_eps", -1.0, "`rms_norm_eps`"),
+    ("rms_norm_eps", math.nan, "`rms_norm_eps`.*nan"),
+    ("rope_theta", "x", "`rope_theta` must be a positive number, got 'x'"),
+    ("rope_theta", True, "`rope_theta`.*True"),
+    ("rope_theta", math.nan, "`rope_theta`.*nan"),
+    ("rope_theta", -5.0, "`rope_theta`.*-5"),
+    ("rope_theta", [1], "rope_theta|rope_parameters"),
+    ("rope_scaling", [1], "rope_parameters"),
+    ("rope_scaling", {"rope_type": "llama3"}, "factor"),
+    ("rope_scaling", ROPE | {"factor": 0.0}, "`factor` must be a positive number, got 0.0"),
+    ("rope_scaling", ROPE | {"rope_type": {"a": 1}}, "`rope_type`"),
+    ("eos_token_id", 2**63, "`eos_token_id` must be the id of one of 640 tokens"),
+    ("eos_token_id", [1, 640], "`eos_token_id` must be the id of one of 640 tokens, got 640"),
+    ("bos_token_id", -7, "`bos_token_id`"),
+    ("speech_encoder_ds_rate", 0, "`speech_encoder_ds_rate`"),
+    ("speech_encoder_ds_rate", 10**18, "`speech_encoder_ds_rate`"),
+    ("speech_encoder_ds_rate", True, "speech_encoder_ds_rate is no number: True"),
+    ("speech_encoder_type", "glm", "speech encoder 'glm'"),
+    ("speech_generator_type", "ar", "speech generator 'ar'"),
+    ("ctc_decoder_config", "(1000000000,64,4,128)", "`ctc_decoder_config` is 1000000000, but there are 2 layers"),
+    ("ctc_decoder_config", "(2,64,4,1000000000)", "`ctc_decoder_config` must be 1 to 2048"),
+    ("ctc_decoder_config", "(2,64,0,128)", "`num_attention_heads` must be at least 1"),
+    ("ctc_decoder_config", "(" + "9" * 5000 + ",64,4,128)", "`ctc_decoder_config`"),
+    ("ctc_decoder_config", [2, 64, 4, 128], "`ctc_decoder_config`"),
+    ("ctc_upsample_factor", 10**18, "`upsample_factor`"),
+    ("ctc_loss_weight", math.nan, "`ctc_loss_weight`"),
+    ("unit_vocab_size", 2**62, "`unit_vocab_size`"),
+]
+for field, value, message in BAD_VALUES:
+    BAD_INPUT[f"{field}={str(value)[:24]}"] = (
+        lambda s, a, field=field, value=value: edit_json(s / "config.json", **{field: value}),
+        f"config.json.*{message}",
+    )
+for field, value, message in [
+    ("upsample_rates", [], "`upsample_rates` must not be empty"),
+    ("upsample_rates", [True] * 5, "upsample_rates"),
+    ("upsample_kernel_sizes", [10**9 + 1, 8, 8, 4, 4], "`upsample_kernel_sizes`"),
+    ("num_embeddings", 2**60, "`unit_vocab_size`"),
+    ("upsample_initial_channel", 2**30, "`upsample_initial_channel`"),
+    ("sampling_rate", 10**9, "`sampling_rate` must be at most 192000"),
+    ("resblock_dilation_sizes", [1, 3, 5], "`resblock_dilation_sizes`"),
+    ("resblock_dilation_sizes", [[1, 3, 10**9]] * 3, "`resblock_dilation_sizes`"),
+    ("resblock_dilation_sizes", [[1] * 10**5] * 3, "`resblock_dilation_sizes`"),
+    ("dur_predictor_params", None, "`dur_predictor_params` must be an object"),
+]:
+    BAD_INPUT[f"vocoder: {field}={str(value)[:24]}"] = (
+        lambda s, a, field=field, value=value: with_vocoder(s, a, **{field: value}),
+        message,
+    )
+for field, value in [("n_audio_layer", 10**9), ("n_audio_head", 0), ("n_mels", "80"), ("n_audio_state", 10**9),
+                     ("n_audio_ctx", None), ("n_mels", True), ("n_audio_head", -1)]:  # fmt: skip
+    BAD_INPUT[f"Whisper: {field}={value}"] = (
+        lambda s, a, field=field, value=value: edit_pt(s, a, "--whisper", lambda x: x["dims"].update({field: value})),
+        f"`{field}`.*{value}",
+    )
+for option, part, name in (("--whisper", "model_state_dict", CONV), ("--vocoder", "generator", "conv_pre.weight_v")):
+    for case, value, message in [
+        ("a number", 3, f"{name}.* is no tensor"),
+        ("sparse", torch.eye(3).to_sparse(), f"{name}.*not a plain one"),
+        ("larger than its file", torch.zeros(1).expand(10**11), f"{name}.*has fewer numbers"),
+        ("integers", torch.ones(32, 128, 3, dtype=torch.int8), name),
+    ]:
+        BAD_INPUT[f"{option}: {case}"] = (
+            lambda s, a, o=option, p=part, n=name, v=value: edit_pt(s, a, o, lambda x: x[p].update({n: v})),
+            message,
+        )
+    BAD_INPUT[f"{option}: no dict"] = (
+        lambda s, a, o=option, p=part: edit_pt(s, a, o, lambda x: x.update({p: "abc"})),
+        f"{part} must be",
+    )
+    BAD_INPUT[f"{option}: a number for a name"] = (
+        lambda s, a, o=option, p=part: edit_pt(s, a, o, lambda x: x[p].update({7: torch.ones(1)})),
+        "7 is no name",
+    )
+for file in (7, None, ["a"], True, "../a.safetensors", "/a.safetensors", "a/../../b.safetensors"):
+    BAD_INPUT[f"index: {file}"] = (
+        lambda s, a, file=file: with_index_entry(s, a, file),
+        f"`weight_map` has no file.*'{NORM}'.*{re.escape(str(file))}",
+    )
+for name, value in [("temperature", "x"), ("top_k", True), ("do_sample", 7), ("temperature", math.inf),
+                    ("eos_token_id", "x"), ("pad_token_id", 640), ("eos_token_id", [-1])]:  # fmt: skip
+    BAD_INPUT[f"generation: {name}={value}"] = (
+        lambda s, a, name=name, value=value: (s / "generation_config.json").write_text(json.dumps({name: value})),
+        f"generation_config.json: `{name}`",
+    )
+for dtype, called in ((torch.int8, "I8"), (torch.uint8, "U8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.bool, "BOOL")):
+    BAD_INPUT[f"weights in {called}"] = (
+        lambda s, a, dtype=dtype: edit_tensors(s, **{UP: lambda t: t.to(dtype)}),
+        f"`{UP}`.* is of dtype {called}",
+    )
+for value in (math.nan, math.inf, -math.inf):
+    BAD_INPUT[f"a weight of {value}"] = (
+        lambda s, a, value=value: edit_tensors(s, **{UP: lambda t: t.index_fill(0, torch.tensor(5), value)}),
+        f"`{UP}` .* has NaN or infinity",
+    )
+BAD_INPUT |= {
+    "a weight too large": (
+        lambda s, a: (edit_tensors(s, **{UP: lambda t: t * 1e6}), a.update({"--dtype": "float16"})),
+        f"`{UP}` .* has numbers too large for F16",
+    ),
+    "tensor in two shards": (tensor_in_two_shards, "in .*model-00001-of-00002.safetensors is in model-00002-of-00002"),
+    "compressed vocoder": (compressed_vocoder, "compressed.pt is not a fairseq vocoder.*compressed"),
+    "field twice": (
+        lambda s, a: (s / "config.json").write_text('{"vocab_size": 1, "vocab_size": 2}'),
+        "'vocab_size' is there twice",
+    ),
+    "deep config": (lambda s, a: (s / "config.json").write_text("[" * 10**5), "config.json is not readable as JSON"),
+    "mini-batch of a million millions": (
+        lambda s, a: a.update({"--mini-batch-size": 10**12}), "`ttt_mini_batch_size` must be at most"
+    ),
+    "mini-batch longer than the context": (
+        lambda s, a: a.update({"--mini-batch-size": 10**6}), "`ttt_mini_batch_size` .1000000. must not exceed"
+    ),
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..configuration_ttt_omni import TTTOmniConfig
-from ..conversion.checkpoint import check_new_folder, new_folder
+from ..files_ttt_omni import new_folder
 from ..modeling_ttt_omni import TTTOmniForCausalLM
 from ..processing_ttt_omni import TTTOmniProcessor
 from .data import ConversationCollator, ConversationDataset
@@ -81,15 +81,14 @@ def calibrate_folder(
     Raises:
         ValueError, OSError: a model, a manifest or a folder that will not do.
     """
-    check_new_folder(Path(output))
     if device == "auto":
         device = torch.accelerator.current_accelerator() or "cpu"
-    processor = TTTOmniProcessor.from_pretrained(model)
-    dataset = ConversationDataset(data, processor, TTTOmniConfig.from_pretrained(model))
-    graft = TTTOmniForCausalLM.from_pretrained(model, dtype="auto", device_map=device)
-    batches = DataLoader(dataset, collate_fn=ConversationCollator(processor.tokenizer.pad_token_id))
-    calibrate(graft, tqdm(batches, desc="Calibrating", unit=" conversations"))
-    with new_folder(Path(output)) as folder:
+    with new_folder(output) as folder:
+        processor = TTTOmniProcessor.from_pretrained(model)
+        dataset = ConversationDataset(data, processor, TTTOmniConfig.from_pretrained(model))
+        graft = TTTOmniForCausalLM.from_pretrained(model, dtype="auto", device_map=device)
+        batches = DataLoader(dataset, collate_fn=ConversationCollator(processor.tokenizer.pad_token_id))
+        calibrate(graft, tqdm(batches, desc="Calibrating", unit=" conversations"))
         graft.save_pretrained(folder)
         processor.save_pretrained(folder)
         if (card := Path(model, "README.md")).is_file():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCardData
 
+from ..files_ttt_omni import new_file
 from ..modeling_ttt_omni import TTTOmniForCausalLM
 
 
@@ -81,4 +82,5 @@ def write_adapter_card(folder: str | os.PathLike, base_model: str, stage: dict[s
     data = ModelCardData(base_model=base_model, library_name="peft", tags=["lora", "ttt-omni"])
     rows = "\n".join(f"| {name} | {value} |" for name, value in stage.items())
     text = f"---\n{data.to_yaml()}\n---\n\n{CARD.format(base_model=base_model, rows=rows)}"
-    Path(folder, "README.md").write_text(text, encoding="utf-8")
+    with new_file(Path(folder, "README.md")) as file:
+        file.write_text(text, encoding="utf-8")
