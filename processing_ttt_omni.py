@@ -24,6 +24,7 @@ from transformers.tokenization_utils_base import TextInput
 from transformers.utils import logging
 
 from .configuration_ttt_omni import audio_embedding_lengths
+from .files_ttt_omni import new_file
 
 
 logger = logging.get_logger(__name__)
@@ -702,18 +703,13 @@ class TTTOmniProcessor(ProcessorMixin):
         if len(paths) != len(waveforms):
             raise ValueError(f"There are {len(waveforms)} waveforms for {len(paths)} paths.")
         with ExitStack() as stack:
-            made = []
             for path, waveform in zip(map(Path, paths), waveforms):
                 samples = _array_samples(waveform)
                 _check_samples(samples, 0, sampling_rate, f"The waveform for {printable(path)}")
                 if path.suffix[1:].upper() not in soundfile.available_formats():
                     raise ValueError(f"{printable(path)} does not end like an audio file, such as .wav.")
-                folder = stack.enter_context(tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix="."))
-                made.append(Path(folder, f"audio{path.suffix}"))
-                with open(made[-1], "wb") as file:  # of any name, which soundfile cannot encode
+                with open(stack.enter_context(new_file(path)), "wb") as file:  # of any name, unlike soundfile's
                     soundfile.write(file, samples, sampling_rate, format=path.suffix[1:].upper())
-            for file, path in zip(made, paths):
-                os.replace(file, path)
 
     def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs) -> str:
         return self.audio_token * audio_inputs["num_audio_tokens"][audio_idx]
