@@ -17,10 +17,11 @@ import soundfile
 import torch
 from tqdm import tqdm
 
+from ..audio_ttt_omni import read_audio
 from ..configuration_ttt_omni import TTTOmniConfig
 from ..memory_ttt_omni import TTTOmniMemory
 from ..modeling_ttt_omni import TTTOmniForCausalLM
-from ..processing_ttt_omni import TTTOmniProcessor, read_audio
+from ..processing_ttt_omni import TTTOmniProcessor
 from ..streaming_ttt_omni import TTTOmniStreamEvent, check_speaks, skip_pieces, turn_pieces
 
 

@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoFeatureExtractor, AutoModel
 
-from ttt_omni.processing_ttt_omni import read_audio
+from ttt_omni.audio_ttt_omni import read_audio
 from ttt_omni.training.data import ManifestError, naming_line, read_manifest
 
 

@@ -31,7 +31,7 @@ from tempfile import TemporaryDirectory
 import soundfile
 from tqdm import tqdm
 
-from ttt_omni.processing_ttt_omni import read_audio
+from ttt_omni.audio_ttt_omni import read_audio
 from ttt_omni.training.data import SPEECH_TOKEN, ManifestError, naming_line, read_manifest
 
 

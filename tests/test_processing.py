@@ -24,8 +24,9 @@ from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 from transformers.utils import ModelOutput
 
 from ttt_omni import TTTOmniConfig
+from ttt_omni.audio_ttt_omni import read_audio
 from ttt_omni.configuration_ttt_omni import audio_embedding_lengths
-from ttt_omni.processing_ttt_omni import TTTOmniProcessor, read_audio
+from ttt_omni.processing_ttt_omni import TTTOmniProcessor
 
 
 GOLDENS = Path(__file__).parent / "goldens" / "llama_omni_tiny"
@@ -233,7 +234,7 @@ def test_long_audio_is_many_windows_as_the_original_makes_one(processor):
 
 @pytest.mark.parametrize("rate", [16000, 44100])
 def test_windows_read_from_disk_equal_those_in_memory(short_processor, tmp_path, rate, monkeypatch):
-    monkeypatch.setattr(sys.modules[TTTOmniProcessor.__module__], "BLOCK_SAMPLES", 20000)
+    monkeypatch.setattr(sys.modules[read_audio.__module__], "BLOCK_SAMPLES", 20000)
     path = tmp_path / "long.flac"
     soundfile.write(path, noise(int(7.3 * rate)), rate)
     samples = soundfile.read(path, dtype="float32")[0]
@@ -395,7 +396,7 @@ def test_bad_urls(server, path, error, message):
 
 
 def test_servers_that_break_off_or_say_nothing(monkeypatch):
-    monkeypatch.setattr(sys.modules[TTTOmniProcessor.__module__], "URL_TIMEOUT", 0.2)
+    monkeypatch.setattr(sys.modules[read_audio.__module__], "URL_TIMEOUT", 0.2)
     answers = [b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + bytes(99), b""]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/a.wav"
@@ -703,7 +704,7 @@ def test_features_are_finite_up_to_the_largest_sample(processor, rate):
 
 def test_array_without_sampling_rate_is_at_that_of_the_model(processor, monkeypatch):
     warnings = []
-    monkeypatch.setattr(sys.modules[TTTOmniProcessor.__module__].logger, "warning_once", warnings.append)
+    monkeypatch.setattr(sys.modules[read_audio.__module__].logger, "warning_once", warnings.append)
     expected = processor(audio=noise(1600), sampling_rate=16000, return_tensors="pt")
     assert not warnings
     inputs = processor(audio=noise(1600), return_tensors="pt")

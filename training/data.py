@@ -16,8 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ..audio_ttt_omni import open_audio, printable, read_audio
 from ..configuration_ttt_omni import TTTOmniConfig, audio_embedding_lengths
-from ..processing_ttt_omni import TTTOmniProcessor, open_audio, printable, read_audio
+from ..processing_ttt_omni import TTTOmniProcessor
 
 
 SPEECH_TOKEN = "<speech>"
