@@ -429,7 +429,7 @@ def _grid(q, row, rank, is_token, begin, lengths, mini_batch_size):
 
     index = row * num_slots + begin[row] + rank  # [B * T]
     if is_token is not None:
-        index = torch.where(is_token, index, rows * num_slots)  # padding goes into a last row
+        index = torch.where(is_token, index, rows * num_slots)  # padding goes into a last row, and is read from one
 
     def to_grid(x):
         x = x.transpose(1, 2).reshape(batch_size * length, num_heads, -1)
@@ -437,10 +437,10 @@ def _grid(q, row, rank, is_token, begin, lengths, mini_batch_size):
         return grid[:-1].view(rows, num_mini_batches, mini_batch_size, *x.shape[1:]).unbind(1)
 
     def from_grid(o):
-        o = o.flatten(0, 1).index_select(0, index.clamp(max=rows * num_slots - 1))
+        o = o.flatten(0, 1)  # [R * N * m, H, d]
         if is_token is not None:
-            o = _keep(o, is_token[:, None, None])
-        return o.view(batch_size, length, *o.shape[1:]).transpose(1, 2)
+            o = torch.nn.functional.pad(o, (0, 0, 0, 0, 0, 1))
+        return o.index_select(0, index).view(batch_size, length, *o.shape[1:]).transpose(1, 2)
 
     return to_grid, from_grid, num_mini_batches
 
