@@ -5,21 +5,19 @@ The inner loop of Test-Time Training (TTT): TTT-Linear and TTT-MLP of arXiv 2407
 Notation: B rows, H heads, T tokens, D head size, F inner width of TTT-MLP (4 D), m mini-batch size.
 """
 
+import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers.utils import logging
-from transformers.utils.generic import maybe_autocast
 
 
 try:
     import ttt_kernels
 except ImportError:  # also where Triton is missing
     ttt_kernels = None
-
-logger = logging.get_logger(__name__)
 
 LAYER_NORM_EPS = 1e-6  # as in ttt-lm-pytorch
 
@@ -53,7 +51,11 @@ class TTTState:
 
     def to(self, device: torch.device) -> "TTTState":
         """The state on `device`."""
-        return self if self.device == torch.device(device) else self.map(lambda x: x.to(device, non_blocking=True))
+        device = torch.device(device)
+        if self.device == device:
+            return self
+        to_cpu = device.type == "cpu"  # where nobody would wait for the copy before reading it
+        return self.map(lambda x: x.to(device, non_blocking=not to_cpu))
 
     def detach(self) -> "TTTState":
         """The state cut off from the autograd graph, as for truncated backpropagation through time."""
@@ -72,23 +74,32 @@ class TTTState:
         """Each row `repeats` times, one after the other."""
         return self.map(lambda x: x.repeat_interleave(repeats, dim=0))
 
-    def rewind(self, length: int) -> "TTTState":
+    def rewind(self, length: int | torch.LongTensor) -> "TTTState":
         """
-        The state `length` tokens earlier.
+        The state `length` tokens earlier: as many in every row, or `[B]`, as many as it says in each.
 
         Raises:
+            ValueError: if `length` is negative, or neither an integer nor B of them.
             RuntimeError: if a row's current mini-batch is shorter, as the steps before it cannot be taken back.
         """
-        if length == 0:
-            return self
-        if length > int(self.position.min()):
-            raise RuntimeError(
-                f"Cannot take back {length} tokens: only {int(self.position.min())} came after the last step of the "
-                "TTT state, which is final."
+        length = torch.as_tensor(length, device=self.device)
+        if not _holds_integers(length) or length.shape not in ((), self.position.shape):
+            raise ValueError(
+                f"`length` must be an integer or {self.batch_size} of them, got {length.dtype} of the shape "
+                f"{tuple(length.shape)}."
             )
-        position = self.position - length
+        lengths = length.expand_as(self.position)
+        for row, (taken_back, position) in enumerate(zip(lengths.tolist(), self.position.tolist())):
+            if taken_back < 0:
+                raise ValueError(f"`length` must not be negative, got {taken_back}.")
+            if taken_back > position:
+                raise RuntimeError(
+                    f"Cannot take back {taken_back} tokens of row {row}: only {position} came after the last step of "
+                    "the TTT state, which is final."
+                )
+        position = self.position - lengths
         keep = torch.arange(self.k.shape[2], device=self.device) < position[:, None]  # [B, m]
-        rows = {name: getattr(self, name) * keep[:, None, :, None] for name in self.pending_rows}
+        rows = {name: _keep(getattr(self, name), keep[:, None, :, None]) for name in self.pending_rows}
         return replace(self, position=position, **rows)
 
 
@@ -173,8 +184,10 @@ def ttt_linear(
         token_scale: `[m]`, scale by position in the mini-batch; its length is the mini-batch size.
         ln_weight, ln_bias: `[H, D]`, the inner LayerNorm.
         state: the state before these tokens, of B rows; it is not changed.
-        attention_mask: `[B, T]`, 0 for padding, which changes no state, takes no place in a mini-batch and outputs 0.
-        cu_seqlens: `[n + 1]`, bounds of n sequences packed in the one row of q, k, v; `state` then has n rows.
+        attention_mask: `[B, T]`, of any dtype and on any device: 0 for padding, whatever else for a token. Padding
+            changes no state, takes no place in a mini-batch, outputs 0 and has gradients of 0, whatever it holds.
+        cu_seqlens: `[n + 1]` integers, bounds of n sequences packed in the one row of q, k, v, from 0 to T; `state`
+            then has n rows. Its values are checked, for which one on a GPU is waited for, and one on the CPU is not.
         checkpoint_group_size: mini-batches per gradient checkpoint; 0 keeps all activations for the backward pass.
         inplace: allow the state's memory to be used for the new one, without gradients; saves a copy per token.
         backend: `"torch"`, `"triton"` (the package `ttt_kernels`), or `"auto"`: Triton for tensors on a GPU, where it
@@ -184,7 +197,7 @@ def ttt_linear(
         The output q + LN(f(q)) `[B, H, T, D]` in the dtype of q, and the state after these tokens.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown backend.
+        ValueError: shapes that do not fit together, bounds that are none, or an unknown backend.
         RuntimeError: `backend="triton"` where it cannot run.
     """
     return _ttt(_linear_mini_batch, q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens,
@@ -222,7 +235,7 @@ def use_kernels(module) -> None:
 
 def _ttt(mini_batch, q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens,
          checkpoint_group_size, inplace, backend):  # fmt: skip
-    _check_shapes(q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens)
+    _check(q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens)
     state = with_pending_rows(state, token_scale.shape[0])
     if q.shape[2] > 0 and _runs_on_kernels(backend, q, token_scale, state):
         tokens_and_parameters = q, k, v, lr, token_scale, ln_weight, ln_bias
@@ -231,10 +244,17 @@ def _ttt(mini_batch, q, k, v, lr, token_scale, ln_weight, ln_bias, state, attent
     norm = ln_weight.to(scale), ln_bias.to(scale)
     if q.shape[2] == 0:
         return q.clone(), state
-    with maybe_autocast(q.device.type, enabled=False):  # in the state's dtype, whatever the rest of the model runs in
+    with _no_autocast(q.device.type):  # in the state's dtype, whatever the rest of the model runs in
         if q.shape[2] == 1 and attention_mask is None and cu_seqlens is None:
             return _decode(mini_batch, q, k, v, lr, scale, norm, state)
         return _prefill(mini_batch, q, k, v, lr, scale, norm, state, attention_mask, cu_seqlens, checkpoint_group_size)
+
+
+def _no_autocast(device_type):
+    # not where it is off anyway, as it would be in the compiled graph
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _runs_on_kernels(backend, q, token_scale, state) -> bool:
@@ -249,7 +269,7 @@ def _runs_on_kernels(backend, q, token_scale, state) -> bool:
     if reason is not None and backend == "triton":
         raise RuntimeError(f"`backend='triton'` cannot run: {reason}.")
     if reason is not None:
-        logger.warning_once(f"TTT runs in PyTorch, which is slower than its Triton kernels: {reason}.")
+        warnings.warn(f"TTT runs in PyTorch, which is slower than its Triton kernels: {reason}.", stacklevel=1)
     return reason is None
 
 
@@ -267,9 +287,9 @@ def _run_kernel(q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_m
     return o, replace(state, position=position)
 
 
-def _check_shapes(q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens):
+def _check(q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens):
     batch_size, num_heads, length, head_dim = q.shape
-    rows = batch_size if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows = batch_size if cu_seqlens is None else cu_seqlens.numel() - 1
     expected = {
         "k": (k, q.shape),
         "v": (v, q.shape),
@@ -281,11 +301,33 @@ def _check_shapes(q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention
     }
     if attention_mask is not None:
         expected["attention_mask"] = (attention_mask, (batch_size, length))
+    if cu_seqlens is not None:
+        if batch_size != 1 or attention_mask is not None:
+            raise ValueError("`cu_seqlens` needs a batch of one row and no `attention_mask`.")
+        _check_bounds(cu_seqlens, length)
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
             raise ValueError(f"`{name}` must have the shape {tuple(shape)}, got {tuple(tensor.shape)}.")
-    if cu_seqlens is not None and (batch_size != 1 or attention_mask is not None):
-        raise ValueError("`cu_seqlens` needs a batch of one row and no `attention_mask`.")
+
+
+def _check_bounds(cu_seqlens, length):
+    if cu_seqlens.ndim != 1 or not cu_seqlens.numel() or not _holds_integers(cu_seqlens):
+        raise ValueError(
+            f"`cu_seqlens` must be integers of the shape (n + 1,), got {cu_seqlens.dtype} of the shape "
+            f"{tuple(cu_seqlens.shape)}."
+        )
+    if torch.compiler.is_compiling():
+        return  # values are not known yet
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != length:
+        raise ValueError(f"`cu_seqlens` must go from 0 to T = {length}, got {bounds[0]} to {bounds[-1]}.")
+    for i in range(1, len(bounds)):
+        if bounds[i] < bounds[i - 1]:
+            raise ValueError(f"`cu_seqlens` must not decrease, got {bounds[i - 1]} and then {bounds[i]} at index {i}.")
+
+
+def _holds_integers(x):
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
 def with_pending_rows(state: TTTState, mini_batch_size: int) -> TTTState:
@@ -304,16 +346,17 @@ def _decode(mini_batch, q, k, v, lr, scale, norm, state):
     complete = state.position + 1 == scale.shape[0]
     rows = (x.to(scale.dtype) for x in (q, k, v, lr.unsqueeze(-1)))
     slot = state.position[:, None]  # [B, 1]
-    o, state = mini_batch(*rows, slot, _reach(slot, scale), scale[-1], norm, state, complete, has_pending=True)
+    here = slot == torch.arange(scale.shape[0], device=q.device)  # [B, m]
+    o, state = mini_batch(*rows, here, _reach(slot, scale), scale[-1], norm, state, complete, has_pending=True)
     return o.to(q.dtype), replace(state, position=torch.where(complete, 0, state.position + 1))
 
 
 def _prefill(mini_batch, q, k, v, lr, scale, norm, state, attention_mask, cu_seqlens, checkpoint_group_size):
     """Any number of tokens: they are laid out on a grid of mini-batches, where each row starts at its position."""
     mini_batch_size = scale.shape[0]
-    row, rank, lengths = _rows_and_ranks(q, attention_mask, cu_seqlens)  # [B * T], [B * T], [R]
-    end = state.position + lengths  # [R]
-    to_grid, from_grid, num_mini_batches = _grid(q, row, rank, state.position, end, mini_batch_size)
+    row, rank, is_token, lengths = _rows_and_ranks(q, attention_mask, cu_seqlens)  # [B * T] three times, [R]
+    begin, end = state.position, state.position + lengths  # [R]
+    to_grid, from_grid, num_mini_batches = _grid(q, row, rank, is_token, begin, lengths, mini_batch_size)
     grids = [to_grid(x) for x in (q, k, v, lr.unsqueeze(-1))]
     slot = torch.arange(mini_batch_size, device=q.device)[None]  # [1, m]
     reach = _reach(slot, scale)
@@ -321,11 +364,13 @@ def _prefill(mini_batch, q, k, v, lr, scale, norm, state, attention_mask, cu_seq
     def scan(first, last, state):
         outputs = []
         # before the first mini-batch, and where rows ended in one of an earlier group
-        has_pending = _any(state.position != 0 if first == 0 else end < first * mini_batch_size)
+        has_pending = _any(begin != 0 if first == 0 else end < first * mini_batch_size)
         for n in range(first, last):
             rows = (grid[n].transpose(1, 2).to(scale.dtype) for grid in grids)  # [R, H, m, d]
+            slot_n = n * mini_batch_size + slot
+            here = (slot_n >= begin[:, None]) & (slot_n < end[:, None])  # [R, m]
             complete = (n + 1) * mini_batch_size <= end  # [R]
-            o, state = mini_batch(*rows, slot, reach, scale[-1], norm, state, complete, has_pending)
+            o, state = mini_batch(*rows, here, reach, scale[-1], norm, state, complete, has_pending)
             outputs.append(o.to(q.dtype).transpose(1, 2))  # [R, m, H, D]
             has_pending = _any(~complete)
         return torch.cat(outputs, dim=1), state
@@ -345,43 +390,46 @@ def _prefill(mini_batch, q, k, v, lr, scale, norm, state, attention_mask, cu_seq
 
 
 def _rows_and_ranks(q, attention_mask, cu_seqlens):
-    """For each of the B * T tokens its row of the state and its rank in it (-1 for padding); and rows' lengths."""
+    """
+    For each of the B * T tokens its row of the state, its rank in it, and whether it is a token (None: all are) and no
+    padding, whose rank means nothing; and the rows' lengths.
+    """
     batch_size, _, length, _ = q.shape
     token = torch.arange(length, device=q.device)
     if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.to(token)
+        cu_seqlens = cu_seqlens.to(token).contiguous()
         row = torch.searchsorted(cu_seqlens, token, right=True) - 1
-        return row, token - cu_seqlens[row], cu_seqlens.diff()
+        return row, token - cu_seqlens[row], None, cu_seqlens.diff()
     row = torch.arange(batch_size, device=q.device).repeat_interleave(length)
     if attention_mask is None:
-        return row, token.repeat(batch_size), torch.full((batch_size,), length, device=q.device)
-    mask = attention_mask.to(q.device, torch.bool)
-    rank = torch.where(mask, mask.long().cumsum(1) - 1, -1)
-    return row, rank.view(-1), mask.sum(1)
+        return row, token.repeat(batch_size), None, torch.full((batch_size,), length, device=q.device)
+    mask = attention_mask.to(q.device) != 0
+    return row, (mask.cumsum(1) - 1).flatten(), mask.flatten(), mask.sum(1)
 
 
-def _grid(q, row, rank, position, end, mini_batch_size):
+def _grid(q, row, rank, is_token, begin, lengths, mini_batch_size):
     """
     The layout of B * T tokens as N mini-batches: a function from `[B, H, T, d]` to N tensors `[R, m, H, d]`, which are
-    0 where no token is, one from outputs `[R, N * m, H, d]` back to `[B, H, T, d]`, and N.
+    0 where no token is, one from outputs `[R, N * m, H, d]` back to `[B, H, T, d]`, 0 at padding, and N.
     """
     batch_size, num_heads, length, _ = q.shape
-    rows = position.shape[0]
+    rows = begin.shape[0]
     # the number of mini-batches must not depend on data where that would break the compiled graph
-    longest = length + mini_batch_size - 1 if torch.compiler.is_compiling() else int(end.max())
+    longest = length + mini_batch_size - 1 if torch.compiler.is_compiling() else int((begin + lengths).max())
     num_mini_batches = max(-(-longest // mini_batch_size), 1)
     num_slots = num_mini_batches * mini_batch_size
-    slot = position[row] + rank  # [B * T]
 
-    if not torch.compiler.is_compiling() and rows == batch_size and _is_aligned(slot, length, num_slots):
+    # Rows of T tokens that need no more than T slots fill them all, in order.
+    if rows == batch_size and length == num_slots and _all(lengths == length):
         return (
             lambda x: x.transpose(1, 2).unflatten(1, (num_mini_batches, mini_batch_size)).unbind(1),
             lambda o: o.transpose(1, 2),
             num_mini_batches,
         )
 
-    valid = rank >= 0
-    index = torch.where(valid, row * num_slots + slot, rows * num_slots)  # padding goes into a last row
+    index = row * num_slots + begin[row] + rank  # [B * T]
+    if is_token is not None:
+        index = torch.where(is_token, index, rows * num_slots)  # padding goes into a last row, and is read from one
 
     def to_grid(x):
         x = x.transpose(1, 2).reshape(batch_size * length, num_heads, -1)
@@ -389,42 +437,37 @@ def _grid(q, row, rank, position, end, mini_batch_size):
         return grid[:-1].view(rows, num_mini_batches, mini_batch_size, *x.shape[1:]).unbind(1)
 
     def from_grid(o):
-        o = o.flatten(0, 1).index_select(0, torch.where(valid, index, 0)) * valid.to(o.dtype)[:, None, None]
-        return o.view(batch_size, length, *o.shape[1:]).transpose(1, 2)
+        o = o.flatten(0, 1)  # [R * N * m, H, d]
+        if is_token is not None:
+            o = torch.nn.functional.pad(o, (0, 0, 0, 0, 0, 1))
+        return o.index_select(0, index).view(batch_size, length, *o.shape[1:]).transpose(1, 2)
 
     return to_grid, from_grid, num_mini_batches
 
 
-def _is_aligned(slot, length, num_slots):
-    """Whether every row's tokens fill its slots, in order."""
-    if length != num_slots:
-        return False
-    return bool((slot.view(-1, num_slots) == torch.arange(num_slots, device=slot.device)).all())
+# A mini-batch of the inner loop. Its r new rows stand at the positions `here` [B, m] of m: r is m in a prefill, 1 in a
+# decode. Rows without a token are 0, with lr 0. `complete` [B] says which rows of the batch have their mini-batch
+# filled by it, and step on to the next; `has_pending`, whether the state's pending rows are other than 0. `reach`
+# [B, 1, r, m] is s_i where j <= i, else 0; `step` is s of the last position.
 
 
-# A mini-batch of the inner loop. Its r new rows stand at the positions `slot` [B, r] of m: all m of them in a prefill,
-# one in a decode. Rows without a token are 0, with lr 0, so that they change nothing. `complete` [B] says which rows
-# of the batch have their mini-batch filled by it, and step on to the next; `has_pending`, whether the state's pending
-# rows are other than 0. `reach` [B, 1, r, m] is s_i where j <= i, else 0; `step` is s of the last position.
-
-
-def _linear_mini_batch(q, k, v, lr, slot, reach, step, norm, state, complete, has_pending):
+def _linear_mini_batch(q, k, v, lr, here, reach, step, norm, state, complete, has_pending):
     ln_weight, ln_bias = (x.unsqueeze(1) for x in norm)  # [H, 1, D]
     z1 = _affine(k, state.W1, state.b1)  # [B, H, r, D]
     u1 = lr * _layer_norm_l2_grad(z1, v, k, ln_weight, ln_bias)
     if has_pending:
-        k, u1 = _place(k, state.k, slot), _place(u1, state.u1, slot)  # [B, H, m, D]
+        k, u1 = _place((k, u1), (state.k, state.u1), here)  # [B, H, m, D]
     z1 = _stepped_affine(q, state.W1, state.b1, k, u1, reach)
     o = _residual_layer_norm(q, z1, ln_weight, ln_bias)
 
     if not _any(complete):
         return o, replace(state, k=k, u1=u1)
-    W1, b1 = _descend(state.W1, state.b1, k, u1, complete, step)
-    k, u1 = _drop((k, u1), complete)
+    (done_k, done_u1), (k, u1) = _split((k, u1), complete)
+    W1, b1 = _descend(state.W1, state.b1, done_k, done_u1, step)
     return o, replace(state, W1=W1, b1=b1, k=k, u1=u1)
 
 
-def _mlp_mini_batch(q, k, v, lr, slot, reach, step, norm, state, complete, has_pending):
+def _mlp_mini_batch(q, k, v, lr, here, reach, step, norm, state, complete, has_pending):
     ln_weight, ln_bias = (x.unsqueeze(1) for x in norm)  # [H, 1, D]
     z1 = _affine(k, state.W1, state.b1)  # [B, H, r, F]
     x2 = _gelu(z1)
@@ -432,20 +475,17 @@ def _mlp_mini_batch(q, k, v, lr, slot, reach, step, norm, state, complete, has_p
     grad2 = _layer_norm_l2_grad(z2, v, k, ln_weight, ln_bias)
     u1 = lr * _gelu_grad(grad2 @ state.W2.mT, z1)
     u2 = lr * grad2
-    if has_pending or not _all(complete):
-        x2 = x2 * (lr != 0)  # gelu(b1) where no token is
-    if has_pending:
-        k, u1 = _place(k, state.k, slot), _place(u1, state.u1, slot)  # [B, H, m, D], [B, H, m, F]
-        x2, u2 = _place(x2, state.x2, slot), _place(u2, state.u2, slot)  # [B, H, m, F], [B, H, m, D]
+    if has_pending or not _all(complete):  # x2 is gelu(b1) where no token is
+        k, u1, x2, u2 = _place((k, u1, x2, u2), (state.k, state.u1, state.x2, state.u2), here)  # [B, H, m, D or F]
     q2 = _gelu(_stepped_affine(q, state.W1, state.b1, k, u1, reach))  # [B, H, r, F]
     z2 = _stepped_affine(q2, state.W2, state.b2, x2, u2, reach)
     o = _residual_layer_norm(q, z2, ln_weight, ln_bias)
 
     if not _any(complete):
         return o, replace(state, k=k, u1=u1, x2=x2, u2=u2)
-    W1, b1 = _descend(state.W1, state.b1, k, u1, complete, step)
-    W2, b2 = _descend(state.W2, state.b2, x2, u2, complete, step)
-    k, u1, x2, u2 = _drop((k, u1, x2, u2), complete)
+    (done_k, done_u1, done_x2, done_u2), (k, u1, x2, u2) = _split((k, u1, x2, u2), complete)
+    W1, b1 = _descend(state.W1, state.b1, done_k, done_u1, step)
+    W2, b2 = _descend(state.W2, state.b2, done_x2, done_u2, step)
     return o, replace(state, W1=W1, b1=b1, W2=W2, b2=b2, k=k, u1=u1, x2=x2, u2=u2)
 
 
@@ -460,12 +500,14 @@ def _all(flags):
     return not torch.compiler.is_compiling() and bool(flags.all())
 
 
-def _place(rows, pending, slot):
-    """`rows` [B, H, r, d] at their positions among the m of `pending`."""
-    if rows.shape[2] == pending.shape[2]:
-        return pending + rows
-    here = slot == torch.arange(pending.shape[2], device=slot.device)  # [B, m]
-    return torch.where(here[:, None, :, None], rows, pending)
+def _keep(x, flags):
+    """`x` where `flags` say so, else 0: not a product, as a NaN times 0 is one."""
+    return x.masked_fill(~flags, 0)
+
+
+def _place(rows, pending, here):
+    """Each of `rows` [B, H, r, d] at its positions `here` among the m of its `pending`."""
+    return tuple(torch.where(here[:, None, :, None], *pair) for pair in zip(rows, pending))
 
 
 def _reach(slot, scale):
@@ -473,11 +515,12 @@ def _reach(slot, scale):
     return (scale[slot][..., None] * earlier).unsqueeze(1)
 
 
-def _drop(pending, complete):
-    """`pending` without the rows of mini-batches that are complete."""
+def _split(rows, complete):
+    """Each of `rows` [B, H, m, d] where mini-batches are complete, and where they stay pending, 0 elsewhere."""
     if _all(complete):
-        return tuple(rows.new_zeros(1).expand(rows.shape) for rows in pending)
-    return tuple(rows * ~complete[:, None, None, None] for rows in pending)
+        return rows, tuple(x.new_zeros(1).expand(x.shape) for x in rows)
+    complete = complete[:, None, None, None]
+    return tuple(_keep(x, complete) for x in rows), tuple(_keep(x, ~complete) for x in rows)
 
 
 def _baddbmm(x, a, b, alpha=1):
@@ -498,9 +541,9 @@ def _stepped_affine(x, W, b, keys, u, reach):
     return z
 
 
-def _descend(W, b, keys, u, complete, step):
-    """The inner layer after the step of a mini-batch, where it is complete."""
-    u = u * (complete * step)[:, None, None, None]
+def _descend(W, b, keys, u, step):
+    """The inner layer after the step of a mini-batch."""
+    u = step * u
     return _baddbmm(W, keys.mT, u, alpha=-1), b - u.sum(2, keepdim=True)
 
 

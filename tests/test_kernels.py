@@ -186,6 +186,86 @@ def test_padding_between_tokens(kind):
     check(kind, *inputs(kind, 2, 20), attention_mask=mask)
 
 
+@pytest.mark.parametrize("case", ["left", "between", "packed"])
+@pytest.mark.parametrize("kind", OPS)
+def test_a_broken_row_breaks_no_other(kind, case):
+    """A NaN in one row, and in the padding of all: what the other row has is what it has without, gradients too."""
+    rows = None if case == "packed" else 2
+    tokens, state = inputs(kind, 1 if case == "packed" else 2, 20, rows=2, seed=0)
+    broken = [x.detach().clone().requires_grad_() for x in tokens]
+    if rows is None:
+        masks, is_token = {"cu_seqlens": torch.tensor([0, 6, 20], device=DEVICE)}, None
+        first, second = (0, slice(None), slice(2, 3)), (0, slice(None), slice(6, None))
+    else:
+        mask = torch.ones(2, 20, dtype=torch.bool, device=DEVICE)
+        mask[1, :3] = False
+        if case == "between":
+            mask[1, 9:12] = False
+        masks, is_token = {"attention_mask": mask}, mask
+        first, second = (0, slice(None), slice(2, 3)), (1,)
+    results = []
+    for some in (tokens, broken):
+        with torch.no_grad():
+            if some is broken:
+                for x in some[:4]:
+                    x[first] = torch.nan
+                    if is_token is not None:
+                        x.transpose(1, 2)[~is_token] = torch.nan
+        o, new = OPS[kind][2](*some, *state, **masks)
+        if is_token is not None:
+            assert not o.transpose(1, 2)[~is_token].any()
+        loss = o[second].square().sum() + sum(x[1].square().sum() for x in new[:-1])
+        gradients = torch.autograd.grad(loss, some[:4])
+        if is_token is not None:
+            assert all(not g.transpose(1, 2)[~is_token].any() for g in gradients)
+        results.append([o[second], *(x[1] for x in new), *(g[second] for g in gradients)])
+    assert all(torch.equal(x, y) for x, y in zip(*results))
+
+
+@pytest.mark.parametrize("kind", OPS)
+@torch.no_grad()
+def test_a_broken_token_leaves_the_model_as_it_was(kind):
+    """Until its mini-batch is complete, so that it can be taken back."""
+    tokens, state = inputs(kind, 2, 4, seed=0)
+    state[-1][:] = torch.tensor([3, 14])
+    for x in state[-1 - (2 if kind == "linear" else 4) : -1]:
+        x[:, :, 3:] = 0
+    tokens = [x.detach().clone() for x in tokens]
+    for x in tokens[:4]:
+        x[0, :, 2] = torch.nan
+    _, new = OPS[kind][2](*tokens, *state)
+    models = 2 if kind == "linear" else 4
+    assert all(torch.equal(x[0], y[0]) for x, y in zip(new[:models], state))
+    for x in new[models:-1]:
+        assert x[0].isnan().any(-1).nonzero().tolist() == [[0, 5]]
+        assert not x[0, :, 7:].any()
+    assert all(x[1].isfinite().all() for x in new)
+
+
+LAYOUTS = {
+    "transposed": lambda x: x.mT.contiguous().mT if x.ndim > 1 else x,
+    "strided": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+    "offset": lambda x: torch.cat([x[:1], x])[1:],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", OPS)
+@torch.no_grad()
+def test_any_layout(kind, layout):
+    tokens, state = inputs(kind, 2, 5, seed=0)
+    mask = torch.ones(2, 5, dtype=torch.long, device=DEVICE)
+    mask[0, 0] = mask[1, 3] = 0
+    packed = [x.repeat(1, 1, 2, *[1] * (x.ndim - 3))[:1] if x.ndim > 2 else x for x in tokens]
+    bounds = torch.tensor([0, 7, 10], device=DEVICE)
+    for some, masks in ((tokens, {"attention_mask": mask}), (packed, {"cu_seqlens": bounds})):
+        o, new = OPS[kind][2](
+            *map(LAYOUTS[layout], (*some, *state)), **{name: LAYOUTS[layout](x) for name, x in masks.items()}
+        )
+        expected_o, expected = OPS[kind][2](*some, *state, **masks)
+        assert all(torch.equal(*pair) for pair in zip((o, *new), (expected_o, *expected)))
+
+
 @pytest.mark.parametrize("kind", OPS)
 def test_packed_sequences(kind):
     bounds = torch.tensor([0, 1, 30, 30, 100], device=DEVICE)

@@ -1,18 +1,23 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 """The inner loop of TTT against ttt-lm-pytorch, and the contract of its state."""
 
+import random
+import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from deliveries import OPS, Delivery
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from ttt_omni import TTTLinearState, TTTMLPState, ttt_linear, ttt_mlp
+from ttt_omni import TTTLinearState, ops_ttt_omni, ttt_linear
 
 
-OPS = {"linear": (ttt_linear, TTTLinearState), "mlp": (ttt_mlp, TTTMLPState)}
 GOLDENS = ["mb16_len16", "mb16_len75", "mb64_len200"]
 TTT_TYPES = pytest.mark.parametrize("ttt_type", ["linear", "mlp"])
 properties = settings(max_examples=60, deadline=None)
@@ -83,6 +88,19 @@ def test_equals_ttt_lm(goldens, ttt_type, case):
     decoded, decoded_last = run_in_chunks(op, tokens, parameters, state, [1] * golden["q"].shape[2])
     torch.testing.assert_close(decoded, golden["o"], rtol=1e-9, atol=1e-9)
     assert_states_close(decoded_last, last, 1e-12)
+
+
+@pytest.mark.parametrize("first", range(0, 300, 50))
+def test_deliveries(first):
+    """What `python tests/deliveries.py` draws."""
+    for number in range(first, first + 50):
+        Delivery(random.Random(number)).check()
+
+
+@properties
+@given(draw=st.randoms(use_true_random=False))
+def test_any_delivery(draw):
+    Delivery(draw).check()
 
 
 @TTT_TYPES
@@ -158,6 +176,97 @@ def test_rows_that_fill_a_mini_batch_together(ttt_type):
 
 
 @TTT_TYPES
+@pytest.mark.parametrize("pending", [1, 2])
+@pytest.mark.parametrize("length", [4, 8])
+def test_padding_in_place_of_pending_tokens(ttt_type, pending, length):
+    """As many columns as whole mini-batches have, of which padding takes as many as tokens are pending."""
+    op, state_class = OPS[ttt_type]
+    tokens, parameters, initial = random_inputs(ttt_type, 0, rows=2, length=pending + length, dtype=torch.float64)
+    _, state = op(*(x[:, :, :pending] for x in tokens), *parameters, state_class.initial(*initial, batch_size=2))
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[:, :pending] = 0
+    o, last = op(*(x[:, :, pending:] for x in tokens), *parameters, state, attention_mask=mask)
+    expected, expected_last = op(*(x[:, :, 2 * pending :] for x in tokens), *parameters, state)
+    assert not o[:, :, :pending].any()
+    torch.testing.assert_close(o[:, :, pending:], expected, rtol=1e-9, atol=1e-9)
+    assert_states_close(last, expected_last, 1e-9)
+
+
+@TTT_TYPES
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_broken_row_breaks_no_other(ttt_type, value):
+    """Nor its padding, nor what the other row's padding holds; and padding has gradients of 0."""
+    op, state_class = OPS[ttt_type]
+    tokens, parameters, initial = random_inputs(ttt_type, 0, rows=2, length=11, dtype=torch.float64)
+    mask = torch.ones(2, 11, dtype=torch.bool)
+    mask[0, :2] = mask[1, 5:7] = mask[1, 10:] = False
+    broken = [x.clone() for x in tokens]
+    for x in broken:
+        x[0, :, 4] = value
+        x[1][:, ~mask[1]] = value
+    results = []
+    for inputs in (tokens, broken):
+        inputs = [x.requires_grad_() for x in inputs]
+        state = state_class.initial(*initial, batch_size=2)
+        o, last = op(*inputs, *parameters, state, attention_mask=mask)
+        assert not o.transpose(1, 2)[~mask].any()
+        gradients = torch.autograd.grad(o[1].square().sum() + last.W1[1].square().sum(), inputs)
+        for gradient in gradients:
+            assert not gradient.transpose(1, 2)[~mask].any()
+        results.append((o[1:], last.select(torch.tensor([1])), [x[1] for x in gradients]))
+    (expected, expected_last, expected_gradients), (o, last, gradients) = results
+    assert torch.equal(o, expected)
+    assert_states_close(last, expected_last, 0)
+    for gradient, expected in zip(gradients, expected_gradients):
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+
+@TTT_TYPES
+def test_a_broken_sequence_breaks_no_other(ttt_type):
+    op, state_class = OPS[ttt_type]
+    tokens, parameters, initial = random_inputs(ttt_type, 0, rows=1, length=14, dtype=torch.float64)
+    bounds, state = torch.tensor([0, 5, 5, 9, 14]), state_class.initial(*initial, batch_size=4)
+    expected, expected_last = op(*tokens, *parameters, state, cu_seqlens=bounds)
+    for x in tokens:
+        x[:, :, 6] = torch.nan
+    o, last = op(*tokens, *parameters, state, cu_seqlens=bounds)
+    others = torch.tensor([0, 1, 3])
+    assert torch.equal(o[:, :, :5], expected[:, :, :5]) and torch.equal(o[:, :, 9:], expected[:, :, 9:])
+    assert_states_close(last.select(others), expected_last.select(others), 0)
+
+
+@TTT_TYPES
+def test_a_broken_token_is_taken_back(ttt_type):
+    """As long as it is pending, also while another row steps on."""
+    op, state_class = OPS[ttt_type]
+    tokens, parameters, initial = random_inputs(ttt_type, 0, rows=2, length=7)
+    _, state = op(*(x[:, :, :1] for x in tokens), *parameters, state_class.initial(*initial, batch_size=2))
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    _, expected = op(*(x[:, :, 1:5] for x in tokens), *parameters, state, attention_mask=mask)
+    for x in tokens:
+        x[0, :, 2] = torch.nan
+    for lengths in ([4], [1, 1, 1, 1]):
+        _, last = run_in_chunks(op, [x[:, :, 1:5] for x in tokens], parameters, state, lengths, attention_mask=mask)
+        assert last.k[0].isnan().any()
+        last = last.rewind(torch.tensor([1, 0]))
+        assert_states_close(last, expected.rewind(torch.tensor([1, 0])), 1e-6)
+
+
+@TTT_TYPES
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32, torch.bfloat16])
+def test_mask_of_any_dtype_and_layout(ttt_type, dtype):
+    op, state_class = OPS[ttt_type]
+    tokens, parameters, initial = random_inputs(ttt_type, 0, rows=3, length=5)
+    mask = torch.tensor([[0, 1, 1, 1, 1], [0, 1, 1, 0, 1], [0, 1, 1, 1, 1]])
+    state = state_class.initial(*initial, batch_size=3)
+    expected, _ = op(*tokens, *parameters, state, attention_mask=mask)
+    o, _ = op(*tokens, *parameters, state, attention_mask=mask.T.contiguous().T.to(dtype))
+    assert torch.equal(o, expected)
+    expanded, _ = op(*tokens, *parameters, state, attention_mask=mask[:1].to(dtype).expand(3, 5))
+    assert torch.equal(expanded[::2], expected[::2])
+
+
+@TTT_TYPES
 @properties
 @given(
     seed=st.integers(0, 2**31),
@@ -208,11 +317,42 @@ def test_rewind(ttt_type, seed, length, back):
     state = state_class.initial(*initial, batch_size=1)
     _, last = op(*tokens, *parameters, state)
     if back > length % 4:
-        with pytest.raises(RuntimeError, match="Cannot take back"):
+        with pytest.raises(
+            RuntimeError, match=f"Cannot take back {back} tokens of row 0: only {length % 4} came after"
+        ):
             last.rewind(back)
     elif back < length:
         _, expected = op(*(x[:, :, : length - back] for x in tokens), *parameters, state)
         assert_states_close(last.rewind(back), expected, 1e-6)
+
+
+@TTT_TYPES
+def test_rewind_each_row(ttt_type):
+    op, state_class = OPS[ttt_type]
+    tokens, parameters, initial = random_inputs(ttt_type, 0, rows=3, length=7)
+    state = state_class.initial(*initial, batch_size=3)
+    _, last = op(*tokens, *parameters, state)
+    back = torch.tensor([0, 3, 1])
+    mask = (torch.arange(7) < 7 - back[:, None]).long()
+    _, expected = op(*tokens, *parameters, state, attention_mask=mask)
+    assert_states_close(last.rewind(back), expected, 1e-6)
+    assert last.rewind(back).position.tolist() == [3, 0, 2]
+    assert_states_close(last.rewind(0), last, 0)
+
+    with pytest.raises(RuntimeError, match="Cannot take back 4 tokens of row 1: only 3 came after"):
+        last.rewind(torch.tensor([0, 4, 1]))
+    for wrong in (-5, torch.tensor([0, -1, 0])):
+        with pytest.raises(ValueError, match="must not be negative, got -"):
+            last.rewind(wrong)
+    for wrong in (
+        1.0,
+        torch.tensor([1, 1]),
+        torch.tensor([[1, 1, 1]]),
+        torch.ones(3),
+        torch.ones(3, dtype=torch.bool),
+    ):
+        with pytest.raises(ValueError, match="`length` must be an integer or 3 of them"):
+            last.rewind(wrong)
 
 
 @TTT_TYPES
@@ -298,6 +438,7 @@ def test_gradients_with_padding_and_packing(ttt_type):
     tokens, parameters, initial = random_inputs(
         ttt_type, 1, rows=1, heads=1, length=9, head_dim=2, dtype=torch.float64
     )
+    tokens[3][:, :, ::2] = 0  # of tokens too, which still have a gradient
     arguments = [x.clone().requires_grad_() for x in (*tokens, *parameters, *initial)]
     mask = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 1, 0]])
     bounds = torch.tensor([0, 2, 9])
@@ -372,12 +513,44 @@ def test_triton_backend(ttt_type):
 
 
 def test_kernels_that_are_not_there(monkeypatch):
-    from ttt_omni import ops_ttt_omni
-
     tokens, parameters, initial = random_inputs("linear", 0, rows=1)
     monkeypatch.setattr(ops_ttt_omni, "ttt_kernels", None)
     with pytest.raises(RuntimeError, match="not installed"):
         ttt_linear(*tokens, *parameters, TTTLinearState.initial(*initial, batch_size=1), backend="triton")
+
+
+def test_needs_torch_alone():
+    """Loaded from its file, as the package around it imports Transformers."""
+    code = """
+import importlib.util, sys
+import torch
+sys.modules.update(dict.fromkeys(("transformers", "huggingface_hub", "safetensors", "ttt_omni")))
+spec = importlib.util.spec_from_file_location("ops", sys.argv[1])
+ops = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(ops)
+x, lr, scale, norm = torch.ones(1, 1, 5, 4, device="cpu"), torch.ones(1, 1, 5), torch.ones(3), torch.ones(1, 4)
+state = ops.TTTLinearState.initial(torch.ones(1, 4, 4), torch.ones(1, 1, 4), 1)
+for enabled in (False, True):
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        o, state = ops.ttt_linear(x, x, x, lr, scale, norm, norm, state)
+print(o.dtype, state.W1.dtype, state.position.tolist())
+"""
+    run = subprocess.run([sys.executable, "-c", code, ops_ttt_omni.__file__], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "torch.float32 torch.float32 [1]\n"
+    assert "transformers" not in Path(ops_ttt_omni.__file__).read_text()
+
+
+def test_devices_without_autocast():
+    with ops_ttt_omni._no_autocast("meta"):
+        pass
+
+
+def test_says_why_it_runs_in_pytorch(monkeypatch):
+    monkeypatch.setattr(ops_ttt_omni, "ttt_kernels", SimpleNamespace(unsupported=lambda *_: "the head size is 5"))
+    q = SimpleNamespace(is_cuda=True)
+    with pytest.warns(UserWarning, match="slower than its Triton kernels: the head size is 5"):
+        assert not ops_ttt_omni._runs_on_kernels("auto", q, None, SimpleNamespace(W1=None))
 
 
 @TTT_TYPES
@@ -417,6 +590,45 @@ def test_errors_name_what_is_wrong(ttt_type):
             state_class.initial(*initial, batch_size=1),
             cu_seqlens=torch.tensor([0, 5]),
         )
+    with pytest.raises(ValueError, match="`attention_mask`"):
+        op(q, k, v, lr, scale, weight, bias, state, attention_mask=torch.ones(5, 2))
     _, state = op(q, k, v, lr, scale, weight, bias, state)
     with pytest.raises(ValueError, match="`token_scale`"):
         op(q, k, v, lr, scale[:2], weight, bias, state)
+
+
+BOUNDS = {
+    "ends early": ([0, 3, 5], "from 0 to T = 7, got 0 to 5"),
+    "ends late": ([0, 3, 9], "from 0 to T = 7, got 0 to 9"),
+    "starts late": ([2, 3, 7], "from 0 to T = 7, got 2 to 7"),
+    "negative": ([-2, 3, 7], "from 0 to T = 7, got -2 to 7"),
+    "decreases": ([0, 5, 3, 7], "must not decrease, got 5 and then 3 at index 2"),
+    "floats": ([0.0, 3.0, 7.0], "must be integers of the shape"),
+    "booleans": ([False, True], "must be integers of the shape"),
+    "two-dimensional": ([[0, 3, 7]], "must be integers of the shape"),
+    "empty": ([], "must be integers of the shape"),
+}
+
+
+@TTT_TYPES
+@pytest.mark.parametrize("case", BOUNDS)
+def test_bounds_of_packed_sequences_are_checked(ttt_type, case):
+    op, state_class = OPS[ttt_type]
+    bounds, message = BOUNDS[case]
+    tokens, parameters, initial = random_inputs(ttt_type, 0, rows=1, length=7)
+    state = state_class.initial(*initial, batch_size=max(len(bounds) - 1, 1))
+    with pytest.raises(ValueError, match=f"`cu_seqlens` .*{message}"):
+        op(*tokens, *parameters, state, cu_seqlens=torch.tensor(bounds, dtype=None if bounds else torch.long))
+
+
+@TTT_TYPES
+def test_empty_packed_sequences_keep_their_state(ttt_type):
+    op, state_class = OPS[ttt_type]
+    tokens, parameters, initial = random_inputs(ttt_type, 0, rows=1, length=7)
+    _, state = op(*tokens, *parameters, state_class.initial(*initial, batch_size=1))
+    _, last = op(
+        *tokens, *parameters, state.repeat_interleave(4), cu_seqlens=torch.tensor([0, 0, 7, 7, 7], dtype=torch.int32)
+    )
+    empty = torch.tensor([0, 2, 3])
+    assert_states_close(last.select(empty), state.repeat_interleave(3), 0)
+    assert last.position.tolist() == [3, 2, 3, 3]

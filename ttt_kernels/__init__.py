@@ -41,8 +41,9 @@ def ttt_linear(
             mini-batch. R is B, or the number of packed sequences.
         pending_k, pending_u1: float32 `[R, H, m, D]`, the mini-batch's keys so far and their lr * dl/dz, then 0.
         position: int64 `[R]`, the number of pending rows, below m.
-        attention_mask: `[B, T]`, 0 for padding, which changes no state and outputs 0.
-        cu_seqlens: `[R + 1]`, bounds of R sequences packed in the one row of q, k, v, from 0 to T.
+        attention_mask: `[B, T]`, 0 for padding, which changes no state, outputs 0 and has gradients of 0.
+        cu_seqlens: `[R + 1]` integers, bounds of R sequences packed in the one row of q, k, v: from 0 to T, and not
+            decreasing, which is not checked, as that would wait for the GPU.
 
     Returns:
         The output q + LN(f(q)), and the state (W1, b1, pending_k, pending_u1, position) after these tokens.
@@ -141,7 +142,9 @@ def _check(q, token_scale, state):
 def _prefill(op, q, k, v, lr, token_scale, ln_weight, ln_bias, state, attention_mask, cu_seqlens, *options):
     _check(q, token_scale, state)
     parameters = [x.float() for x in (token_scale, ln_weight, ln_bias)]
-    attention_mask, cu_seqlens = (x if x is None else x.to(q.device) for x in (attention_mask, cu_seqlens))
+    attention_mask, cu_seqlens = (
+        x if x is None else x.to(q.device, non_blocking=q.is_cuda).contiguous() for x in (attention_mask, cu_seqlens)
+    )
     tokens, order = (q, k, v, lr), None
     if attention_mask is not None and (torch.compiler.is_compiling() or has_holes(attention_mask)):
         # The kernels take runs of tokens: bring each row's together at its start, and back afterwards.

@@ -75,8 +75,8 @@ def chain_forward(
     z = dot(k_n, W.to(k_n.dtype), tl.zeros([M, D], tl.float32) + b[None, :])
     u = inner_grad(z, c, w, lr_n, D) + load_rows(pending_u1 + state * M * D, D, slots, is_pending, D)
     store_rows(u1, D, slots, slots < end, u, D)
-    complete = (end >= M).to(tl.float32)
-    step = u * (-last_scale * complete)
+    complete = end >= M
+    step = u * -last_scale
     W = dot(tl.trans(k_n), step.to(k_n.dtype), W)
     b += tl.sum(step, axis=0)
     mean, mean_of_b = tl.sum(W, axis=1) / D, tl.sum(b, axis=0) / D  # not 0 if the caller's pending rows have means
@@ -84,8 +84,8 @@ def chain_forward(
     b -= mean_of_b
     W_mean += mean
     b_mean += mean_of_b
-    tl.store(pending_k_out + state * M * D + matrix(M, D), k_n.to(tl.float32) * (1 - complete))
-    tl.store(pending_u1_out + state * M * D + matrix(M, D), u * (1 - complete))
+    tl.store(pending_k_out + state * M * D + matrix(M, D), tl.where(complete, 0.0, k_n.to(tl.float32)))
+    tl.store(pending_u1_out + state * M * D + matrix(M, D), tl.where(complete, 0.0, u))
 
     # The model takes a step at the start of the next turn: a product that led to another one within a turn would be
     # laid out over the rows alone, of which there are too few for 8 warps.
@@ -128,8 +128,12 @@ def chain_forward(
         tl.store(pending_k_out + state * M * D + matrix(M, D), k_n.to(tl.float32))
         tl.store(pending_u1_out + state * M * D + matrix(M, D), u)
 
-    tl.store(W1_out + state * D * D + matrix(D, D), W + W_mean[:, None])
-    tl.store(b1_out + state * D + d, b + b_mean)
+    W += W_mean[:, None]
+    b += b_mean
+    if not complete:  # no step after all; not a step of 0, which a NaN among the pending rows would not be
+        W, b = tl.load(W1 + state * D * D + matrix(D, D)), tl.load(b1 + state * D + d)
+    tl.store(W1_out + state * D * D + matrix(D, D), W)
+    tl.store(b1_out + state * D + d, b)
     if head == 0:
         tl.store(position_out + row, (end % M).to(tl.int64))
 

@@ -102,7 +102,8 @@ def chain_step(
         is_pending = (slots < taken)[:, None]
         valid = (slots >= taken) & (slots < end)
         kept = ((slots < end) & (slots >= end // M * M))[:, None]  # the last mini-batch, not complete
-        learned = tl.where(n * M > end, 0.0, -tl.load(scale + M - 1))
+        complete = n * M <= end  # else this is the last launch for the row, and no model is stored
+        last_scale = tl.load(scale + M - 1)
         k_n = load_rows(k, stride_t, slots, valid, D)
         if n == 1:
             k_n += tl.load(pending_k + rows_d, mask=is_pending, other=0.0).to(k_n.dtype)
@@ -130,8 +131,8 @@ def chain_step(
             if is_last:
                 tl.store(pending_u2_out + state * M * D + rows_d, tl.where(kept, u_2, 0.0))
                 tl.store(pending_k_out + state * M * D + rows_d, tl.where(kept, k_n.to(tl.float32), 0.0))
-        u_2 *= learned
-        b_2 += tl.sum(u_2, axis=0)
+        u_2 *= -last_scale
+        b_2 += tl.where(complete, tl.sum(u_2, axis=0), 0.0)
         u_2 = u_2.to(k_n.dtype)
         x_2, derivative = gelu(tl.load(z1 + before * M * F + rows_f))
         if n == 1:
@@ -146,12 +147,13 @@ def chain_step(
         if is_last:
             tl.store(pending_u1_out + state * M * F + rows_f, tl.where(kept, u_1, 0.0))
         tl.store(u1 + before * M * F + rows_f, u_1.to(u1.dtype.element_ty))
-        u_1 *= learned
+        u_1 *= -last_scale
         b_1 = tl.load(b1) + tl.sum(u_1, axis=0)
         W_1 = dot(tl.trans(k_n), u_1.to(k_n.dtype), tl.load(W1))
         tl.debug_barrier()  # all have read what is now written
-        tl.store(W1, W_1)
-        tl.store(b1, b_1)
+        if complete:
+            tl.store(W1, W_1)
+            tl.store(b1, b_1)
     if SAVE:
         if saves:
             tl.store(W1_group + saved * D * F + W1_tile, W_1)
@@ -173,7 +175,8 @@ def chain_step(
     else:
         W_2 = dot(tl.trans(x_2), u_2, tl.load(W2))
         tl.debug_barrier()  # all have read what is now written
-        tl.store(W2, W_2)
+        if complete:
+            tl.store(W2, W_2)
     if SAVE:
         if saves:
             tl.store(W2_group + saved * F * D + W2_tile, W_2)
