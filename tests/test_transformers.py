@@ -40,6 +40,12 @@ TAKEN = {
     "transformers.distributed.tensor_parallel.TensorParallelLayer.transform_inputs_pre_forward": (
         "module, args, kwargs, mesh"
     ),
+    "transformers.initialization.constant_": "tensor, val",
+    "transformers.initialization.copy_": "tensor, other",
+    "transformers.initialization.kaiming_normal_": "tensor",
+    "transformers.initialization.normal_": "tensor, mean, std",
+    "transformers.initialization.ones_": "tensor",
+    "transformers.initialization.zeros_": "tensor",
     "transformers.masking_utils.create_causal_mask": "config, inputs_embeds, attention_mask, cache, position_ids",
     "transformers.modeling_outputs.BaseModelOutputWithPast": "last_hidden_state, cache",
     "transformers.modeling_outputs.BaseModelOutputWithPooling": "last_hidden_state, pooler_output",
