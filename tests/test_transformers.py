@@ -8,6 +8,7 @@ A release that renames or moves something shows it here first. CI runs this file
 import ast
 import importlib
 import inspect
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -101,13 +102,15 @@ TAKEN = {
 
 
 def find(path: str):
-    """What stands at a dotted path, modules being imported on the way."""
-    names, found = path.split("."), transformers
-    for position, name in enumerate(names[1:], 2):
-        if not hasattr(found, name):
-            importlib.import_module(".".join(names[:position]))
-        found = getattr(found, name)
-    return found
+    """What stands at a dotted path, whose first names are those of a module."""
+    module, rest = path, []
+    while True:
+        try:
+            found = importlib.import_module(module)
+            return attrgetter(".".join(rest))(found) if rest else found
+        except ModuleNotFoundError:
+            module, _, name = module.rpartition(".")
+            rest.insert(0, name)
 
 
 @pytest.mark.parametrize("path", TAKEN)
