@@ -109,12 +109,12 @@ class TTTOmniProcessor(ProcessorMixin):
             Its `feature_size` is the encoder's `num_mel_bins`.
         tokenizer (`PreTrainedTokenizerFast`):
             Set to pad on the left, with `<|finetune_right_pad_id|>` (or eos) where it has no padding token.
-        audio_token (`str`, defaults to `"<|reserved_special_token_0|>"`):
-            Placeholder of audio, a reserved special token of the tokenizer.
+        audio_token (`str`, *optional*, defaults to `"<|reserved_special_token_0|>"`):
+            Placeholder of audio, a special token of the tokenizer that text has no use for; `None` takes text only.
         audio_downsample (`int`, defaults to 5):
             Encoder frames per embedding, as in [`TTTOmniConfig`].
         chat_template (`str`, *optional*):
-            By default LLaMA-Omni's prompt.
+            By default LLaMA-Omni's prompt, for the tokenizer of Llama 3.
     """
 
     valid_processor_kwargs = TTTOmniProcessorKwargs
@@ -125,15 +125,15 @@ class TTTOmniProcessor(ProcessorMixin):
         self,
         feature_extractor: WhisperFeatureExtractor,
         tokenizer: PreTrainedTokenizerBase,
-        audio_token: str = "<|reserved_special_token_0|>",
+        audio_token: str | None = "<|reserved_special_token_0|>",
         audio_downsample: int = 5,
         chat_template: str | None = None,
     ):
         if audio_downsample < 1:
             raise ValueError(f"`audio_downsample` must be at least 1, got {audio_downsample}.")
         self.audio_token = audio_token
-        self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
-        if self.audio_token_id in (None, tokenizer.unk_token_id):
+        self.audio_token_id = None if audio_token is None else tokenizer.convert_tokens_to_ids(audio_token)
+        if audio_token is not None and self.audio_token_id in (None, tokenizer.unk_token_id):
             raise ValueError(f"`audio_token` {audio_token!r} is not in the tokenizer's vocabulary.")
         self.audio_downsample = audio_downsample
         self.auto_map = {"AutoProcessor": "processing_ttt_omni.TTTOmniProcessor"}  # loading drops the saved one
@@ -141,7 +141,7 @@ class TTTOmniProcessor(ProcessorMixin):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = PAD_TOKEN if PAD_TOKEN in tokenizer.get_vocab() else tokenizer.eos_token
         if chat_template is None:
-            chat_template = CHAT_TEMPLATE.replace("AUDIO_TOKEN", audio_token)
+            chat_template = CHAT_TEMPLATE.replace("AUDIO_TOKEN", audio_token or "")
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 
     def __call__(

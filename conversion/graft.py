@@ -13,7 +13,6 @@ from .checkpoint import ConversionError, LazyTensor
 
 
 LAYER_TYPES = {"hybrid": "hybrid", "replace": "linear_attention"}
-WINDOWED_LAYER_TYPES = {"full_attention": "sliding_attention", "hybrid": "hybrid_sliding"}
 INIT_STD = 0.02  # of the inner model and the learning-rate gate, as in ttt-lm-pytorch
 
 
@@ -44,17 +43,31 @@ def select_layers(layers: str | Iterable[int] | None, num_layers: int) -> list[i
     return sorted(layers)
 
 
+def fresh_tensor(name: str, shape: tuple[int, ...], mini_batch_size: int = 0, gate: float = 0.0) -> LazyTensor:
+    """A parameter to be trained, with the value that it starts with, the same for the same name."""
+
+    def normal():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        return torch.empty(shape).normal_(std=INIT_STD, generator=generator)
+
+    if name.endswith("token_scale.weight"):
+        return LazyTensor(shape, lambda: TTTTokenScale.initial_weight(mini_batch_size), f"`{name}`")
+    if name.endswith("ttt_gate.weight"):
+        return LazyTensor(shape, lambda: torch.full(shape, float(gate)), f"`{name}`")
+    if re.search(r"norm\w*\.weight$", name):
+        return LazyTensor(shape, lambda: torch.ones(shape), f"`{name}`")
+    is_weight = name.endswith((".weight", ".W1", ".W2"))
+    return LazyTensor(shape, normal if is_weight else lambda: torch.zeros(shape), f"`{name}`")
+
+
 def graft(
-    tensors: dict[str, LazyTensor],
-    config: TTTOmniTextConfig,
-    shapes: dict[str, tuple[int, ...]],
-    seed: int,
+    tensors: dict[str, LazyTensor], config: TTTOmniTextConfig, shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, LazyTensor]:
     """
     Adds the TTT parameters that `shapes`, those of the grafted model, call for, and drops the attention that it lacks.
 
-    Projections start as copies of the layer's attention, k and v repeated for all heads; where nothing can be copied
-    the values make TTT remember best before it is trained (section 4 of the design).
+    Projections, and norms of queries and keys, start as copies of the layer's attention, k and v repeated for all
+    heads; where nothing can be copied the values make TTT remember best before it is trained.
 
     Args:
         tensors: those of the model without TTT, by the names that they have in it.
@@ -62,24 +75,10 @@ def graft(
 
     def start(name: str, shape: tuple[int, ...]) -> LazyTensor:
         layer, parameter = re.fullmatch(r"(.+\.layers\.\d+)\.ttt[._](.+)", name).groups()
-        projection = tensors.get(f"{layer}.self_attn.{parameter}")
-        if projection is not None:
-            return _repeat_heads(projection, config.head_dim, shape[0] // projection.shape[0])
-
-        def normal():
-            generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
-            return torch.empty(shape).normal_(std=INIT_STD, generator=generator)
-
-        values = {
-            "inner_model.W1": normal,
-            "inner_model.W2": normal,
-            "lr_gate.weight": normal,
-            "inner_norm.weight": lambda: torch.ones(shape),
-            "post_norm.weight": lambda: torch.ones(shape),
-            "token_scale.weight": lambda: TTTTokenScale.initial_weight(config.ttt_mini_batch_size),
-            "gate.weight": lambda: torch.full(shape, float(config.ttt_gate_init)),
-        }
-        return LazyTensor(shape, values.get(parameter, lambda: torch.zeros(shape)), f"`{name}`")
+        copied = tensors.get(f"{layer}.self_attn.{parameter}")
+        if copied is None:
+            return fresh_tensor(name, shape, config.ttt_mini_batch_size, config.ttt_gate_init)
+        return _repeat_heads(copied, config.head_dim, shape[0] // copied.shape[0])
 
     return {name: tensors[name] if name in tensors else start(name, shape) for name, shape in shapes.items()}
 

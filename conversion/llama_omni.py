@@ -14,9 +14,7 @@ from string import Template
 import torch
 from transformers import (
     GenerationConfig,
-    LlamaConfig,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     WhisperConfig,
     WhisperFeatureExtractor,
 )
@@ -30,6 +28,15 @@ from ..configuration_ttt_omni import (
 from ..files_ttt_omni import new_folder
 from ..modeling_ttt_omni import TTTOmniForCausalLM
 from ..processing_ttt_omni import TTTOmniProcessor
+from .backbone import (
+    ROPE_FIELDS,
+    TOKEN_IDS,
+    find_audio_token,
+    make_chat_template,
+    read_config,
+    read_tokenizer,
+    text_values,
+)
 from .checkpoint import (
     ConversionError,
     LazyTensor,
@@ -41,14 +48,13 @@ from .checkpoint import (
     read_json,
     write_checkpoint,
 )
-from .graft import LAYER_TYPES, WINDOWED_LAYER_TYPES, graft, select_layers
+from .graft import LAYER_TYPES, fresh_tensor, graft, select_layers
 from .vocoder import load_fairseq_vocoder, vocoder_config_from_fairseq
 from .whisper import open_openai_encoder, open_whisper
 
 
 PACKAGE_FOLDER = Path(__file__).parent.parent
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-SOURCE_MODEL_TYPES = ("llama", "omni_speech_llama", "omni_speech2s_llama")
 
 # What LLaMA-Omni's modules are called here. The first match counts.
 RENAMES = {
@@ -73,12 +79,13 @@ NUMBERS = {
     "ctc_loss_weight": (int, float),
     "unit_vocab_size": int,
 }
-# The sizes in its config, which are those of tensors, alone or multiplied by others.
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 SPEECH_SIZES = ("speech_encoder_ds_rate", "speech_encoder_hidden_size", "unit_vocab_size")
 # Frames that the speech decoder sees where attention has a window, in tokens: most answers are shorter, and sound as
 # without; later ones cost as much per token as the 100th.
 SPEECH_WINDOW_TOKENS = 100
+MAX_UNITS = 100_000
+# By which a tokenizer is known to be Llama 3's, whose prompt is known.
+LLAMA_3_TOKENS = {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
 # Types of what a generation config most often has, which Transformers takes as it comes.
 GENERATION_FIELDS = {
     "do_sample": bool,
@@ -92,8 +99,6 @@ GENERATION_FIELDS = {
     "top_k": int,
     "top_p": (int, float),
 }
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-ROPE_FIELDS = ("rope_parameters", "rope_theta", "rope_scaling")
 # What the speech decoder takes over from the language model.
 SHARED_FIELDS = (
     *ROPE_FIELDS,
@@ -114,6 +119,8 @@ def convert_llama_omni(
     whisper: str | os.PathLike | None = None,
     vocoder: str | os.PathLike | None = None,
     vocoder_config: str | os.PathLike | None = None,
+    listen: bool = False,
+    speak: int | None = None,
     layers: str | Iterable[int] | None = None,
     mode: str = "hybrid",
     ttt_type: str | list[str] = "linear",
@@ -124,7 +131,7 @@ def convert_llama_omni(
     max_shard_size: int | str = "5GB",
 ) -> None:
     """
-    Converts a checkpoint in LLaMA-Omni's layout, or a Llama 3 that neither listens nor speaks, to TTT-Omni.
+    Converts a checkpoint in LLaMA-Omni's layout, or a language model that neither listens nor speaks, to TTT-Omni.
 
     Weights are read and written one tensor at a time, and everything is checked before anything is written. The
     `output` folder appears when it is complete; it loads with `from_pretrained`, also as remote code.
@@ -135,6 +142,8 @@ def convert_llama_omni(
         whisper: Whisper's encoder, as OpenAI's `.pt` file or as a Transformers folder. It takes precedence over an
             encoder inside the checkpoint, and may be left out where there is one.
         vocoder, vocoder_config: fairseq's unit HiFi-GAN and its JSON.
+        listen: whether a language model gets a speech projector, to be trained; it takes `whisper`.
+        speak: number of speech units of the speech decoder, to be trained, that a language model gets.
         layers: layers to graft TTT into, as `"24-31"`, `"0,2,5-7"` or numbers; by default the upper quarter.
         mode: `"hybrid"`, TTT beside attention behind a gate that starts at 0, or `"replace"`, TTT in its place, with
             its rotary embedding, by the position in the mini-batch.
@@ -156,6 +165,8 @@ def convert_llama_omni(
             whisper=whisper,
             vocoder=vocoder,
             vocoder_config=vocoder_config,
+            listen=listen,
+            speak=speak,
             layers=layers,
             mode=mode,
             ttt_type=ttt_type,
@@ -195,6 +206,8 @@ def plan_conversion(
     whisper: str | os.PathLike | None = None,
     vocoder: str | os.PathLike | None = None,
     vocoder_config: str | os.PathLike | None = None,
+    listen: bool = False,
+    speak: int | None = None,
     layers: str | Iterable[int] | None = None,
     mode: str = "hybrid",
     ttt_type: str | list[str] = "linear",
@@ -210,50 +223,49 @@ def plan_conversion(
         raise ConversionError(f"The dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     if not source.is_dir():
         raise ConversionError(f"The source {source} is not a folder.")
-    values = _read_config(source)
+    values = read_config(source)
     tensors = open_checkpoint(source)
     listens = _has_part(LISTENING, tensors, values, source)
     speaks = _has_part(SPEAKING, tensors, values, source)
+    _check_parts(listens, speaks, listen, speak, whisper, vocoder, vocoder_config, source)
     tensors, encoder = _rename(tensors)
-    text_values = _text_values(values, tensors, source)
+    text = text_values(values, tensors, source)
     parts = {}
     if listens:
         parts |= _listening_config(values, tensors, source)
         parts["audio_config"], encoder = _encoder(values, encoder, whisper, source)
-    elif whisper is not None:
-        raise ConversionError(f"{source} has no speech projector, so that --whisper has no use; leave it out.")
+    elif listen:
+        parts["audio_config"], encoder = open_whisper(Path(whisper))
     tensors |= {f"model.audio_tower.{name}": tensor for name, tensor in encoder.items()}
-    _check_vocoder_arguments(speaks, vocoder, vocoder_config, source)
     if speaks:
-        parts["speech_decoder_config"] = _speech_decoder_config(values, tensors, attention_window is not None, source)
+        parts["speech_decoder_config"] = _speech_decoder_config(values, tensors, source)
+    elif speak is not None:
+        parts["speech_decoder_config"] = _fresh_speech_decoder_config(text, speak)
+    if speaks or vocoder is not None:
         parts["vocoder_config"] = vocoder_config_from_fairseq(vocoder_config)
         state = load_fairseq_vocoder(vocoder, parts["vocoder_config"])
         tensors |= {f"vocoder.{name}": LazyTensor.of(x, f"`{name}` in {vocoder}") for name, x in state.items()}
-
-    # The checkpoint is checked against the model without TTT, which is then grafted on.
-    ttt_layers = select_layers(layers, values["num_hidden_layers"])
-    text_config = TTTOmniTextConfig(
-        **text_values,
-        ttt_layer_type=ttt_type,
-        ttt_mini_batch_size=mini_batch_size,
-        sliding_window=attention_window,
-        attention_sinks=attention_sinks,
-    )
     with errors_of(source):
-        processor = _processor(_read_tokenizer(source, values), parts.get("audio_config"), values)
-    if listens:
+        processor = _processor(source, values, parts.get("audio_config"), is_fresh=listen)
+    if "audio_config" in parts:
         parts["audio_token_id"] = processor.audio_token_id
-    config = TTTOmniConfig(text_config=text_config, tie_word_embeddings=text_config.tie_word_embeddings, **parts)
+        tensors |= _with_rows(tensors, text, processor.audio_token_id + 1)
+
+    ttt_layers = select_layers(layers, values["num_hidden_layers"])
+    config = TTTOmniConfig(
+        text_config=TTTOmniTextConfig(**text, ttt_layer_type=ttt_type, ttt_mini_batch_size=mini_batch_size),
+        tie_word_embeddings=text.get("tie_word_embeddings", False),
+        **parts,
+    )
+    # The checkpoint is checked against the model without TTT, which is then grafted on.
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    check_tensors(tensors, _shapes(config), source)
-    for layer in ttt_layers:
-        text_config.layer_types[layer] = LAYER_TYPES[mode]
-    if mode == "replace":
-        text_config.ttt_rope_theta = text_config.rope_parameters["rope_theta"]
-    if attention_window is not None:
-        text_config.layer_types = [WINDOWED_LAYER_TYPES.get(name, name) for name in text_config.layer_types]
-    tensors = graft(tensors, text_config, _shapes(config), seed=0)
+    shapes = _shapes(config)
+    fresh = (["model.multi_modal_projector."] if listen else []) + (["speech_decoder."] if speak is not None else [])
+    tensors |= {name: fresh_tensor(name, shapes[name]) for name in shapes if name.startswith(tuple(fresh))}
+    check_tensors(tensors, shapes, source)
+    config = _grafted(config, ttt_layers, mode, attention_window, attention_sinks)
+    tensors = graft(tensors, config.text_config, _shapes(config))
 
     config.architectures = [TTTOmniForCausalLM.__name__]
     config.dtype = DTYPES[dtype]
@@ -276,18 +288,63 @@ def plan_conversion(
     )
 
 
-def _read_config(source: Path) -> dict:
-    """`config.json` as it is: Transformers does not know its `model_type`."""
-    values = read_json(source / "config.json")
-    if values.get("model_type") not in SOURCE_MODEL_TYPES:
-        raise ConversionError(
-            f"{source}/config.json has the `model_type` {values.get('model_type')!r}, not one of {SOURCE_MODEL_TYPES}."
-        )
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    missing = [field for field in needed if not _is(values.get(field), int)]
-    if missing:
-        raise ConversionError(f"{source}/config.json has no number {', '.join(missing)}.")
-    return values
+def _check_parts(listens, speaks, listen, speak, whisper, vocoder, vocoder_config, source: Path) -> None:
+    """Raises unless what was asked for and given fits what the checkpoint has."""
+    if listens and listen:
+        raise ConversionError(f"{source} has a speech projector, so that --listen has no use; leave it out.")
+    if listen and whisper is None:
+        raise ConversionError("--listen needs the encoder to listen with: give one with --whisper.")
+    if whisper is not None and not (listens or listen):
+        raise ConversionError(f"{source} has no speech projector for --whisper: --listen adds one, to be trained.")
+    if speaks and speak is not None:
+        raise ConversionError(f"{source} has a speech generator, so that --speak has no use; leave it out.")
+    if speak is not None and not 1 <= speak <= MAX_UNITS:
+        raise ConversionError(f"--speak takes a number of speech units from 1 to {MAX_UNITS}, got {speak}.")
+    for given, option in ((vocoder, "--vocoder"), (vocoder_config, "--vocoder-config")):
+        if speaks and given is None:
+            raise ConversionError(f"{source} speaks: give its unit vocoder with --vocoder and --vocoder-config.")
+        if given is not None and not (speaks or speak is not None):
+            raise ConversionError(f"{source} has no speech generator, so that {option} has no use; leave it out.")
+    if (vocoder is None) != (vocoder_config is None):
+        raise ConversionError("--vocoder and --vocoder-config belong together: give both.")
+
+
+def _grafted(
+    config: TTTOmniConfig, ttt_layers: list[int], mode: str, attention_window: int | None, attention_sinks: int
+) -> TTTOmniConfig:
+    """`config` with TTT in these layers, and windows in all."""
+    text, speech = config.text_config.to_dict(), config.speech_decoder_config
+    if attention_window is not None:
+        text |= {"sliding_window": attention_window, "attention_sinks": attention_sinks}
+        text["layer_types"] = ["sliding_attention"] * len(text["layer_types"])
+        if speech is not None:
+            window = SPEECH_WINDOW_TOKENS * speech.upsample_factor
+            window = min(window, speech.max_position_embeddings - speech.attention_sinks)
+            speech = TTTOmniSpeechDecoderConfig(**speech.to_dict() | {"sliding_window": window})
+    for layer in ttt_layers:
+        is_sliding = text["layer_types"][layer] == "sliding_attention"
+        hybrid = "hybrid_sliding" if is_sliding else "hybrid"
+        text["layer_types"][layer] = hybrid if mode == "hybrid" else LAYER_TYPES[mode]
+    if mode == "replace":
+        text["ttt_rope_theta"] = text["rope_parameters"]["rope_theta"]
+    return TTTOmniConfig(**config.to_dict() | {"text_config": text, "speech_decoder_config": speech})
+
+
+def _with_rows(tensors: dict[str, LazyTensor], text: dict, rows: int) -> dict[str, LazyTensor]:
+    """The embeddings, and the head, with rows of 0 for tokens up to `rows`, by which `text` is told to grow."""
+    if rows <= text["vocab_size"]:
+        return {}
+    missing, text["vocab_size"] = rows - text["vocab_size"], rows
+
+    def longer(tensor: LazyTensor) -> LazyTensor:
+        def read():
+            weight = tensor.read()
+            return torch.cat([weight, weight.new_zeros(missing, weight.shape[1])])
+
+        return LazyTensor((rows, *tensor.shape[1:]), read, tensor.origin, tensor.dtype)
+
+    names = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+    return {name: longer(tensors[name]) for name in names if name in tensors}
 
 
 def _is(value, types) -> bool:
@@ -324,21 +381,6 @@ def _rename(tensors: dict[str, LazyTensor]) -> tuple[dict[str, LazyTensor], dict
     return renamed, encoder
 
 
-def _text_values(values: dict, tensors: dict[str, LazyTensor], source: Path) -> dict:
-    """The arguments of a [`TTTOmniTextConfig`] without TTT, such as the tensors are those of."""
-    path = source / "config.json"
-    num_layers = values["num_hidden_layers"]
-    check_layers(num_layers, tensors, "model.language_model.layers.", f"{path}: `num_hidden_layers`")
-    known = (*LlamaConfig.__annotations__, *ROPE_FIELDS)
-    text_values = {name: values[name] for name in known if name in values}
-    text_values["layer_types"] = ["full_attention"] * num_layers
-    with errors_of(path):
-        config = TTTOmniTextConfig(**copy.deepcopy(text_values))
-        require_token_ids(config, config.vocab_size, *TOKEN_IDS)
-    check_sizes({name: getattr(config, name) for name in SIZES}, tensors, path)
-    return copy.deepcopy(text_values)
-
-
 def _listening_config(values: dict, tensors: dict[str, LazyTensor], source: Path) -> dict:
     if values.get("speech_projector_type", "linear") != "linear":
         raise ConversionError(f"{source}: the speech projector {values['speech_projector_type']!r} is not supported.")
@@ -354,17 +396,7 @@ def _listening_config(values: dict, tensors: dict[str, LazyTensor], source: Path
     return config
 
 
-def _check_vocoder_arguments(speaks: bool, vocoder, vocoder_config, source: Path) -> None:
-    for given, option in ((vocoder, "--vocoder"), (vocoder_config, "--vocoder-config")):
-        if speaks and given is None:
-            raise ConversionError(f"{source} speaks: give its unit vocoder with --vocoder and --vocoder-config.")
-        if given is not None and not speaks:
-            raise ConversionError(f"{source} has no speech generator, so that {option} has no use; leave it out.")
-
-
-def _speech_decoder_config(
-    values: dict, tensors: dict[str, LazyTensor], is_windowed: bool, source: Path
-) -> TTTOmniSpeechDecoderConfig:
+def _speech_decoder_config(values: dict, tensors: dict[str, LazyTensor], source: Path) -> TTTOmniSpeechDecoderConfig:
     path = source / "config.json"
     if values["speech_generator_type"] != "ctc":
         raise ConversionError(f"{path}: the speech generator {values['speech_generator_type']!r} is not supported.")
@@ -378,7 +410,7 @@ def _speech_decoder_config(
     check_layers(num_layers, tensors, "speech_decoder.layers.", f"{path}: the first number of `ctc_decoder_config`")
     check_sizes({"ctc_decoder_config": max(width, num_heads, inner_width)}, tensors, path)
     with errors_of(path):
-        config = TTTOmniSpeechDecoderConfig(
+        return TTTOmniSpeechDecoderConfig(
             **copy.deepcopy({name: values[name] for name in SHARED_FIELDS if name in values}),
             num_hidden_layers=num_layers,
             hidden_size=width,
@@ -390,11 +422,19 @@ def _speech_decoder_config(
             unit_vocab_size=values["unit_vocab_size"],
             ctc_loss_weight=values["ctc_loss_weight"],
         )
-    if not is_windowed:
-        return config
-    longest = config.max_position_embeddings - config.attention_sinks
-    window = min(SPEECH_WINDOW_TOKENS * config.upsample_factor, longest)
-    return TTTOmniSpeechDecoderConfig(**config.to_dict() | {"sliding_window": window})
+
+
+def _fresh_speech_decoder_config(text: dict, units: int) -> TTTOmniSpeechDecoderConfig:
+    """Two layers of the language model's width, as LLaMA-Omni has them."""
+    return TTTOmniSpeechDecoderConfig(
+        num_hidden_layers=2,
+        hidden_size=text["hidden_size"],
+        intermediate_size=text["intermediate_size"],
+        num_attention_heads=text["num_attention_heads"],
+        num_key_value_heads=text["num_attention_heads"],
+        input_size=text["hidden_size"],
+        unit_vocab_size=units,
+    )
 
 
 def _encoder(
@@ -412,30 +452,18 @@ def _encoder(
     return config, encoder
 
 
-def _read_tokenizer(source: Path, values: dict) -> PreTrainedTokenizerBase:
-    """By its own class: `AutoTokenizer` fails on the checkpoint's `config.json`."""
-    if not (source / "tokenizer.json").is_file():
-        raise ConversionError(f"{source} has no tokenizer.json.")
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
-    except Exception as error:  # all that the tokenizers library raises
-        raise ConversionError(f"{source}: the tokenizer cannot be read: {error}") from error
-    num_tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
-    if num_tokens > values["vocab_size"]:
-        raise ConversionError(
-            f"{source}: the tokenizer has {num_tokens} tokens, more than the model's {values['vocab_size']}."
-        )
-    tokenizer.model_max_length = values.get("max_position_embeddings", tokenizer.model_max_length)
-    return tokenizer
-
-
-def _processor(
-    tokenizer: PreTrainedTokenizerBase, audio_config: WhisperConfig | None, values: dict
-) -> TTTOmniProcessor:
-    if audio_config is None:
-        return TTTOmniProcessor(WhisperFeatureExtractor(), tokenizer, chat_template=tokenizer.chat_template)
-    feature_extractor = WhisperFeatureExtractor(feature_size=audio_config.num_mel_bins)
-    return TTTOmniProcessor(feature_extractor, tokenizer, audio_downsample=values["speech_encoder_ds_rate"])
+def _processor(source: Path, values: dict, audio_config: WhisperConfig | None, is_fresh: bool) -> TTTOmniProcessor:
+    """With the source's own template, but for LLaMA-Omni's prompt where it listens, or Llama 3 comes without one."""
+    tokenizer = read_tokenizer(source, values)
+    num_mel_bins = 80 if audio_config is None else audio_config.num_mel_bins
+    feature_extractor = WhisperFeatureExtractor(feature_size=num_mel_bins)
+    if audio_config is not None and not is_fresh:
+        return TTTOmniProcessor(feature_extractor, tokenizer, audio_downsample=values["speech_encoder_ds_rate"])
+    if tokenizer.chat_template is None and LLAMA_3_TOKENS <= tokenizer.get_vocab().keys():
+        return TTTOmniProcessor(feature_extractor, tokenizer)
+    audio_token = find_audio_token(tokenizer) if is_fresh else None
+    template = make_chat_template(tokenizer, audio_token, source)
+    return TTTOmniProcessor(feature_extractor, tokenizer, audio_token, chat_template=template)
 
 
 def _generation_config(source: Path, config: TTTOmniConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

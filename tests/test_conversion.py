@@ -620,7 +620,7 @@ BAD_INPUT = {
     ),
     "bad decoder sizes": (lambda s, a: edit_json(s / "config.json", ctc_decoder_config="2,64"), "ctc_decoder_config"),
     "other projector": (lambda s, a: edit_json(s / "config.json", speech_projector_type="mlp"), "projector 'mlp'"),
-    "other architecture": (lambda s, a: edit_json(s / "config.json", model_type="mistral"), "'mistral'"),
+    "other architecture": (lambda s, a: edit_json(s / "config.json", model_type="gpt2"), "'gpt2'"),
     "field of a wrong type": (lambda s, a: edit_json(s / "config.json", rms_norm_eps="small"), "rms_norm_eps"),
     "indivisible size": (lambda s, a: edit_json(s / "config.json", num_attention_heads=5), "num_attention_heads"),
     "config that is no JSON": (lambda s, a: (s / "config.json").write_text("{"), "not readable as JSON"),
@@ -813,7 +813,7 @@ def test_what_a_text_only_checkpoint_has_no_use_for(source, parts, tmp_path):
     ]
     edit_json(source / "config.json", **dict.fromkeys([*fields, "unit_vocab_size"], ...))
     for name, path in parts.items():
-        with pytest.raises(ConversionError, match=f"--{name.replace('_', '-')} has no use"):
+        with pytest.raises(ConversionError, match="has no use|--listen adds one"):
             convert_llama_omni(source, tmp_path / "out", **{name: path})
     convert_llama_omni(source, tmp_path / "out")
 
