@@ -33,6 +33,7 @@ logger = logging.get_logger(__name__)
 
 # Llama 3 reserves this token for padding, whichever the side.
 PAD_TOKEN = "<|finetune_right_pad_id|>"
+SILENCE = 0.0  # in Whisper's scale of mel bins, what a sine of -65 dBFS reaches
 
 # The original's prompt. Its tokenizer adds a second bos to the one in the text.
 CHAT_TEMPLATE = """\
@@ -189,6 +190,10 @@ class TTTOmniProcessor(ProcessorMixin):
                 Whether to make model inputs of the prompt (with `return_dict=True`; else only `input_ids`).
             processor_kwargs:
                 Arguments of `__call__`, such as `{"drop_audio_padding": True}`.
+            kwargs:
+                As in Transformers, but that `sanitize_control_tokens` is `True` by default: special tokens and
+                placeholders in a message's text are tokenised as text, so that nobody puts words into the system's
+                mouth or moves the audio. With `tokenize=False` it is for whoever tokenises the prompt to see to that.
         """
         if tokenize:
             processor_kwargs = dict(processor_kwargs or {})
@@ -198,9 +203,77 @@ class TTTOmniProcessor(ProcessorMixin):
             processor_kwargs["sampling_rate"] = self.feature_extractor.sampling_rate
             processor_kwargs["audio_kwargs"] = dict(processor_kwargs.get("audio_kwargs", {}))
             processor_kwargs["audio_kwargs"].pop("sampling_rate", None)
+            kwargs.setdefault("sanitize_control_tokens", True)
         return super().apply_chat_template(
             conversation, *args, tokenize=tokenize, processor_kwargs=processor_kwargs, **kwargs
         )
+
+    def turn_pieces(
+        self,
+        message: dict[str, Any],
+        history: torch.LongTensor | None = None,
+        skip_silence: bool = False,
+        device: str = "cpu",
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """
+        The prompt for an answer to `message`, piece by piece for `model.listen`: text, and windows of 30 s that are
+        made while the audio is read. Joined, the pieces are what `apply_chat_template` makes of `[message]`, or of the
+        conversation so far and `message`, less `history`.
+
+        Args:
+            message: the user's, as in `apply_chat_template`.
+            history: `[1, T]`, the tokens of the conversation so far, which ends with an answer, with or without the
+                token that ends it; `None` where the conversation begins.
+            skip_silence: whether to leave out windows in which nothing is louder than about -65 dBFS.
+            device: where to compute spectrograms.
+
+        Yields:
+            `input_ids` `[1, n]`, and for a window `input_features` `[1, n_mels, 3000]`. The last piece is text.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: as `apply_chat_template`, once the audio's turn comes.
+        """
+        items = [] if isinstance(message["content"], str) else message["content"]
+        audios = [item for item in items if item["type"] == "audio"]
+        token_ids = self._prompt_ids([message]) if history is None else self._continuation_ids(message)
+        if history is not None and history[0, -1] == token_ids[0]:
+            token_ids = token_ids[1:]
+        texts = [[]]  # token ids before, between and after the audios
+        for token_id in token_ids:
+            if token_id == self.audio_token_id:
+                texts.append([])
+            else:
+                texts[-1].append(token_id)
+        if len(texts) != len(audios) + 1:
+            raise ValueError(f"The chat template makes {len(texts) - 1} placeholders of {len(audios)} audios.")
+        for text, item in zip(texts, [*audios, None]):
+            yield {"input_ids": torch.tensor([text], dtype=torch.long)}
+            if item is not None:
+                audio = next(item[key] for key in ("audio", "path", "url") if item.get(key) is not None)
+                for window in self.iter_audio_windows(audio, item.get("sampling_rate"), device=device):
+                    if not skip_silence or window["input_features"].max() > SILENCE:
+                        yield window
+
+    def _prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:
+        """The prompt for an answer to a conversation, with one placeholder per audio."""
+        return self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.chat_template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            sanitize_control_tokens=True,
+        )
+
+    def _continuation_ids(self, message: dict[str, Any]) -> list[int]:
+        """What stands behind an answer in the prompt for the next: the common end of two conversations."""
+        question = {"role": "user", "content": "?"}
+        one, other = (
+            self._prompt_ids([question, {"role": "assistant", "content": answer}, message])[::-1]
+            for answer in ("Yes", "No")
+        )
+        same = next(i for i, pair in enumerate(zip(one, other)) if pair[0] != pair[1])
+        return one[:same][::-1]
 
     def iter_audio_windows(
         self,
