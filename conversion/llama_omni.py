@@ -275,7 +275,7 @@ def plan_conversion(
         tensors=tensors,
         dtypes={name: _dtype(name, config.dtype) for name in tensors},
         processor=processor,
-        generation_config=_generation_config(source, config, processor.tokenizer),
+        generation_config=_generation_config(source, config, processor.tokenizer, listen),
         model_card=card.substitute(
             base_model=re.sub(r"[^\w.-]", "-", source.resolve().name),
             layers=", ".join(map(str, ttt_layers)),
@@ -466,7 +466,9 @@ def _processor(source: Path, values: dict, audio_config: WhisperConfig | None, i
     return TTTOmniProcessor(feature_extractor, tokenizer, audio_token, chat_template=template)
 
 
-def _generation_config(source: Path, config: TTTOmniConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+def _generation_config(
+    source: Path, config: TTTOmniConfig, tokenizer: PreTrainedTokenizerBase, has_new_placeholder: bool
+) -> GenerationConfig:
     """What the checkpoint says of generation, completed by the special tokens' ids of its config and tokenizer."""
     path = source / "generation_config.json"
     values = read_json(path) if path.is_file() else {}
@@ -482,6 +484,8 @@ def _generation_config(source: Path, config: TTTOmniConfig, tokenizer: PreTraine
         for origin in (config.text_config, tokenizer):
             if getattr(generation_config, name) is None:
                 setattr(generation_config, name, getattr(origin, name))
+    if has_new_placeholder:  # which the model was not trained to leave unsaid
+        generation_config.suppress_tokens = [*(generation_config.suppress_tokens or []), config.audio_token_id]
     return generation_config
 
 
