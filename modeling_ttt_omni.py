@@ -559,7 +559,7 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
     """TTT-Omni with its language-model head, speech decoder and vocoder."""
 
     _keep_in_fp32_modules_strict = [*TTTOmniPreTrainedModel._keep_in_fp32_modules_strict, "vocoder"]
-    _keep_in_fp32_modules = [*TTTOmniPreTrainedModel._keep_in_fp32_modules, "vocoder"]
+    _keep_in_fp32_modules = [*TTTOmniPreTrainedModel._keep_in_fp32_modules, "lm_head", "vocoder"]
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
