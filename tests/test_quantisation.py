@@ -217,7 +217,7 @@ def test_gradients_are_those_of_the_full_model(folder, full, bits):
         losses.append(loss.item())
         gradients.append(torch.autograd.grad(loss, leaf)[0].flatten())
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
-    assert torch.stack(gradients).corrcoef()[0, 1] > (0.98 if bits == "8 bit" else 0.75)
+    assert torch.stack(gradients).corrcoef()[0, 1] > (0.98 if bits == "8 bit" else 0.3)
 
 
 @pytest.mark.parametrize("bits", BITS)
