@@ -135,10 +135,8 @@ class TTTOmniMemoryMixin:
         tensors, fields = _read(Path(path))
         another = f"{path} belongs to another model: a memory means nothing to other weights or layers."
         if fields["version"] == "1":
-            is_ours, lengths = (
-                fields["fingerprint"] == self._fingerprint_1(),
-                set(map(int, re.findall("[0-9]+", fields["lengths"]))),
-            )
+            lengths = {int(length) for length in re.findall("[0-9]+", fields["lengths"])}
+            is_ours = fields["fingerprint"] == self._fingerprint_1()
         else:
             samples, lengths = tensors.pop(WEIGHTS), {int(fields["length"])}
             is_ours = fields["fingerprint"] == self._config_fingerprint() and _agree(samples, self._weight_samples())
