@@ -24,6 +24,10 @@ from .configuration_ttt_omni import SLIDING_LAYER_TYPES, TTT_LAYER_TYPES, TTTOmn
 from .ops_ttt_omni import TTTLinearState, TTTMLPState, ttt_linear, ttt_mlp
 
 
+# What of TTT is no projection, and small: adapters train and save it as it is, and no quantiser touches it.
+TTT_MODULES_TO_SAVE = ("inner_model", "inner_norm", "lr_gate", "post_norm", "token_scale", "ttt_gate")
+
+
 class TTTOmniRotaryEmbedding(LlamaRotaryEmbedding):
     """Llama's rotary embedding with angles in float64: in float32, position 10,000,000 is off by half a radian."""
 

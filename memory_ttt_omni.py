@@ -87,10 +87,13 @@ class TTTOmniMemoryMixin:
             metadata: what else [`memory_metadata`] shall find in the file.
 
         Raises:
-            ValueError: if the cache is empty, static or has values that are not finite, or a tensor-parallel model has
-                only a part of it in this process.
+            ValueError: if the cache is empty, static or has values that are not finite, if tokens or mask are fewer
+                than it holds, or a tensor-parallel model has only a part of it in this process.
+            TypeError: if `metadata` is no dictionary of strings.
         """
         self._require_all_heads()
+        if not _is_metadata(metadata := metadata or {}):
+            raise TypeError(f"`metadata` must be a dictionary of strings, got {metadata!r}.")
         add_ttt_layers(cache, self.config.get_text_config())
         tensors, lengths = {}, set()
         for index, layer in enumerate(cache.layers):
@@ -111,7 +114,7 @@ class TTTOmniMemoryMixin:
             "version": VERSION,
             "fingerprint": self._config_fingerprint(),
             "length": str(*lengths),
-            "metadata": json.dumps(metadata or {}),
+            "metadata": json.dumps(metadata),
         }
         with new_file(path) as file:
             save_file(tensors, file, fields | {"checksum": _checksum(tensors, fields)})
@@ -129,7 +132,8 @@ class TTTOmniMemoryMixin:
         tensors, fields = _read(Path(path))
         another = f"{path} belongs to another model: a memory means nothing to other weights or layers."
         if fields["version"] == "1":
-            is_ours, lengths = fields["fingerprint"] == self._fingerprint_1(), set(json.loads(fields["lengths"]))
+            lengths = {int(length) for length in re.findall("[0-9]+", fields["lengths"])}
+            is_ours = fields["fingerprint"] == self._fingerprint_1()
         else:
             samples, lengths = tensors.pop(WEIGHTS), {int(fields["length"])}
             is_ours = fields["fingerprint"] == self._config_fingerprint() and _agree(samples, self._weight_samples())
@@ -164,6 +168,8 @@ class TTTOmniMemoryMixin:
             raise ValueError(f"its layers hold different numbers of tokens, {sorted(lengths)}.")
         (length,) = lengths
         rows = next((x.shape[0] for name, x in tensors.items() if name.startswith("layers.") and x.ndim), 0)
+        if rows < 1:
+            raise ValueError("it holds no conversation.")
         expected = {
             f"layers.{index}.{name}": shape
             for index in range(len(self.model.language_model.layers))
@@ -181,13 +187,17 @@ class TTTOmniMemoryMixin:
             first, end = (-1, length) if name.endswith("places") else (0, self.config.text_config.ttt_mini_batch_size)
             if is_integer and x.numel() and not first <= x.min() <= x.max() < end:
                 raise ValueError(f"`{name}` is not between {first} and {end - 1}.")
-        ids, mask = tensors.get("input_ids"), tensors.get("attention_mask")
-        for name, x, end in (("input_ids", ids, self.config.text_config.vocab_size), ("attention_mask", mask, 2)):
-            if x is not None and not (x.ndim == 2 and x.shape[0] == rows and not x.is_floating_point()):
+        integers = (torch.uint8, torch.int32, torch.int64)
+        vocab_size = self.config.text_config.vocab_size
+        for name, end, dtypes in (("input_ids", vocab_size, integers), ("attention_mask", 2, (*integers, torch.bool))):
+            if (x := tensors.get(name)) is None:
+                continue
+            if x.ndim != 2 or x.shape[0] != rows or x.shape[1] < length or x.dtype not in dtypes:
                 raise ValueError(
-                    f"`{name}` has the shape {tuple(x.shape)} and {x.dtype}, expected {rows} rows of integers."
+                    f"`{name}` has the shape {tuple(x.shape)} and {x.dtype}, expected {rows} rows of at least "
+                    f"{length} integers."
                 )
-            if x is not None and x.numel() and not 0 <= x.min() <= x.max() < end:
+            if not 0 <= x.min() <= x.max() < end:
                 raise ValueError(f"`{name}` is not between 0 and {end - 1}.")
 
     def _layer_shapes(self, index: int, rows: int, length: int) -> dict[str, torch.Size]:
@@ -257,7 +267,7 @@ def memory_metadata(path: str | os.PathLike) -> dict[str, str]:
         ValueError: if the file is damaged, or none of `save_memory`.
     """
     _, fields = _read(Path(path))
-    return json.loads(fields.get("metadata", "{}"))
+    return _user_metadata(fields)
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -276,12 +286,27 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     is_whole = fields.keys() == FIELDS[fields["version"]]
     if fields["version"] == "1":  # which protected the tensors alone
         is_whole &= checksum == _checksum(tensors)
-        is_whole &= re.fullmatch(r"\[\d{1,15}(, \d{1,15})*\]", fields.get("lengths", "")) is not None
+        is_whole &= re.fullmatch(r"\[[0-9]{1,15}(, [0-9]{1,15})*\]", fields.get("lengths", "")) is not None
     else:
         is_whole &= checksum == _checksum(tensors, fields) and WEIGHTS in tensors
+        is_whole &= re.fullmatch("[0-9]{1,15}", fields.get("length", "")) is not None
+        is_whole &= _user_metadata(fields) is not None
     if not is_whole:
         raise ValueError(f"{path} is damaged: its checksum does not fit its content.")
     return tensors, fields
+
+
+def _user_metadata(fields: dict[str, str]) -> dict[str, str] | None:
+    """What `save_memory(metadata=…)` was given; `None` if the fields of a file hold something else in its place."""
+    try:
+        metadata = json.loads(fields.get("metadata", "{}"))
+    except (ValueError, RecursionError):
+        return None
+    return metadata if _is_metadata(metadata) else None
+
+
+def _is_metadata(metadata) -> bool:
+    return isinstance(metadata, dict) and all(isinstance(x, str) for item in metadata.items() for x in item)
 
 
 def _agree(samples: torch.Tensor, others: torch.Tensor) -> bool:

@@ -30,6 +30,7 @@ from .configuration_ttt_omni import (
 )
 from .generation_ttt_omni import TTTOmniGenerationMixin
 from .layers_ttt_omni import (
+    TTT_MODULES_TO_SAVE,
     TTTInnerNorm,
     TTTLinearModel,
     TTTMLPModel,
@@ -44,6 +45,14 @@ from .layers_ttt_omni import (
 from .memory_ttt_omni import TTTOmniMemoryMixin
 from .vocoder_ttt_omni import TTTOmniVocoder
 
+
+try:
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGET_MODULES
+except ImportError:  # PEFT is optional
+    LORA_TARGET_MODULES = {}
+
+# What PEFT adapts if it is told no `target_modules`: as of a Llama, and nothing of encoder and speech decoder.
+LORA_TARGET_MODULES[TTTOmniConfig.model_type] = r"(.*\.)?language_model\.layers\.\d+\.(self_attn|ttt)\.[qv]_proj"
 
 # Windows of 30 s that the encoder takes at once outside of training.
 AUDIO_WINDOWS_PER_PASS = 8
@@ -69,6 +78,8 @@ class TTTOmniPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["TTTOmniDecoderLayer", "WhisperEncoderLayer"]
     _skip_keys_device_placement = ["cache"]
     _keep_in_fp32_modules_strict = ["inner_model", "inner_norm", "token_scale", "ttt_gate"]
+    # What no quantiser touches, whatever else it is told to skip: patterns of modules' and of parameters' names.
+    _keep_in_fp32_modules = [rf".*\b{name}" for name in TTT_MODULES_TO_SAVE]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -82,6 +93,10 @@ class TTTOmniPreTrainedModel(PreTrainedModel):
 
             register_parallel_styles()
         return super().from_pretrained(*args, **kwargs)
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        plan = super()._get_dtype_plan(dtype)  # which has what quantisers leave in float32 when the rest is in float16
+        return {name: plan[name] for name in plan if name in self._keep_in_fp32_modules_strict}
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -255,6 +270,7 @@ class TTTOmniSpeechDecoder(TTTOmniDecoderStack):
 
     config: TTTOmniSpeechDecoderConfig
     base_model_prefix = "speech_decoder"
+    _keep_in_fp32_modules = [r".*\binput_proj", r".*\boutput_proj"]
 
     def __init__(self, config: TTTOmniSpeechDecoderConfig):
         super().__init__(config)
@@ -284,7 +300,8 @@ class TTTOmniSpeechDecoder(TTTOmniDecoderStack):
         Returns:
             Logits `[B, max(num_frames), unit_vocab_size + 1]` in float32; those of padding are meaningless.
         """
-        hidden_states = self.input_proj(hidden_states.to(self.input_proj.weight.dtype))
+        # A weight that is quantised says nothing of the dtype to compute in, its bias does.
+        hidden_states = self.input_proj(hidden_states.to(self.input_proj.bias.dtype))
         frame_mask = None
         if lengths is None and num_frames is None:
             hidden_states = hidden_states.repeat_interleave(self.config.upsample_factor, dim=1)
@@ -341,7 +358,9 @@ class TTTOmniSpeechDecoder(TTTOmniDecoderStack):
             return 0.0 * self(hidden_states[:1, :1]).sum()  # through all layers, which may be sharded over processes
         responses, unit_labels, num_units = [responses[i] for i in spoken], unit_labels[spoken], num_units[spoken]
         lengths = torch.tensor([len(states) for states in responses])
-        num_frames = torch.maximum(lengths * self.config.upsample_factor, num_units.cpu()).to(hidden_states.device)
+        repeats = ((unit_labels[:, 1:] == unit_labels[:, :-1]) & (unit_labels[:, 1:] != -100)).sum(1)
+        needed = (num_units + repeats).cpu()  # a blank stands between two that are the same
+        num_frames = torch.maximum(lengths * self.config.upsample_factor, needed).to(hidden_states.device)
         lengths, num_units = lengths.to(hidden_states.device), num_units.to(hidden_states.device)
         logits = self(nn.utils.rnn.pad_sequence(responses, batch_first=True), lengths, num_frames)
         targets = unit_labels[unit_labels != -100].to(logits.device)
@@ -559,6 +578,7 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
     """TTT-Omni with its language-model head, speech decoder and vocoder."""
 
     _keep_in_fp32_modules_strict = [*TTTOmniPreTrainedModel._keep_in_fp32_modules_strict, "vocoder"]
+    _keep_in_fp32_modules = [*TTTOmniPreTrainedModel._keep_in_fp32_modules, "lm_head", "vocoder"]
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from ttt_omni import TTTOmniForCausalLM, ttt_lora_config
 from ttt_omni.training import TTT_MODULES_TO_SAVE
@@ -78,6 +78,26 @@ def test_all_linear(base, kwargs):
     assert (logits(disturb(model)) - before).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
+def test_default_targets(base, task_type):
+    """What PEFT adapts of a Llama, in the language model alone."""
+    model = get_peft_model(base, LoraConfig(task_type=task_type, r=2))
+    adapted = {name.removesuffix(".base_layer") for name, _ in model.named_modules() if name.endswith(".base_layer")}
+    attention = {f"layers.{index}.self_attn" for index in range(4)} | {f"layers.{index}.ttt" for index in (2, 3)}
+    prefix = "base_model.model.model.language_model."
+    assert adapted == {f"{prefix}{name}.{x}_proj" for name in attention for x in "qv"}
+    with torch.no_grad():
+        for layer in base.model.language_model.layers[2:]:
+            layer.ttt_gate.weight.fill_(0.5)  # at 0, nothing reaches what stands before it
+    disturb(model)(input_ids=INPUT_IDS, labels=INPUT_IDS).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_default_targets_without_heads(tiny_model_dir):
+    model = get_peft_model(AutoModel.from_pretrained(tiny_model_dir), LoraConfig(r=2))
+    assert sum(name.endswith(".base_layer") for name, _ in model.named_modules()) == 2 * (4 + 2)
+
+
 def test_disable_merge_unmerge_unload(base, tmp_path):
     before = logits(base)
     model = get_peft_model(base, ttt_lora_config(base, rank=2))
@@ -131,7 +151,7 @@ def test_swap_and_stack(base, tiny_model_dir):
 REMOTE = """
 import importlib.abc, sys
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -150,6 +170,8 @@ with torch.no_grad():
     logits = model(input_ids=ids).logits
     merged = model.merge_and_unload()(input_ids=ids).logits
 save_file({"logits": logits, "merged": merged}, file)
+model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=True)
+assert get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")).get_nb_trainable_parameters()[0] > 0
 """
 
 

@@ -34,12 +34,14 @@ def calibrate(model: TTTOmniForCausalLM, batches: Iterable[dict[str, torch.Tenso
         batches: arguments of `forward`, each run once; `labels` are not needed.
 
     Raises:
-        ValueError: if the model has no TTT, or the batches have no tokens.
+        ValueError: if the model has no TTT or is offloaded, or the batches have no tokens.
     """
     layers = [layer.ttt for layer in model.model.language_model.layers if hasattr(layer, "ttt")]
     if not layers:
         raise ValueError("There is nothing to calibrate: no layer of the model has TTT.")
     projections = [projection for ttt in layers for projection in (ttt.q_proj, ttt.k_proj)]
+    if any(projection.bias.device.type == "meta" for projection in projections):
+        raise ValueError("An offloaded model cannot be calibrated: load it onto one device.")
     sums = {projection: projection.bias.new_zeros((), dtype=torch.float64) for projection in projections}
     num_tokens, mask = 0, None
 

@@ -41,14 +41,15 @@ def make_parent(student: TTTOmniForCausalLM, source: str | os.PathLike | None = 
         with torch.device("meta"):
             attention = make_attention(text_model.config, layer.layer_idx)
         if layer.self_attn is not None:
-            weights = layer.self_attn.state_dict(keep_vars=True)
+            for name, projection in layer.self_attn.named_children():  # modules, as they may be quantised
+                setattr(attention, name, projection)
         elif source is None:
             raise ConversionError(f"Layer {layer.layer_idx} has no attention to learn from: give the graft's source.")
         else:
             shapes = {name: tuple(x.shape) for name, x in attention.named_parameters()}
             weights = _read_attention(Path(source), layer.layer_idx, shapes)
-            weights = {name: x.to(layer.mlp.down_proj.weight) for name, x in weights.items()}
-        attention.load_state_dict(weights, assign=True)
+            weights = {name: x.to(layer.input_layernorm.weight) for name, x in weights.items()}
+            attention.load_state_dict(weights, assign=True)
         layer.self_attn = attention
         layer.layer_type = "full_attention"
         for name in ("ttt", "ttt_gate"):

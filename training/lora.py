@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCardData
 
 from ..files_ttt_omni import new_file
+from ..layers_ttt_omni import TTT_MODULES_TO_SAVE
 from ..modeling_ttt_omni import TTTOmniForCausalLM
 
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-
-# What of TTT is no projection, and small: trained and saved as it is.
-TTT_MODULES_TO_SAVE = ("inner_model", "inner_norm", "lr_gate", "post_norm", "token_scale", "ttt_gate")
 
 
 CARD = """\
