@@ -49,6 +49,18 @@ CONFIG_FIELDS = (
 )
 
 
+FIELDS_OF_VERSION_1 = (
+    "ttt_base_lr",
+    "ttt_gate_init",
+    "ttt_layer_type",
+    "ttt_mini_batch_size",
+    "ttt_qk_norm",
+    "ttt_rope_theta",
+    "ttt_scan_checkpoint_group_size",
+    "ttt_standardize_target",
+)
+
+
 @dataclass
 class TTTOmniMemory:
     """
@@ -247,7 +259,7 @@ class TTTOmniMemoryMixin:
         config = self.config.get_text_config()
         for field in ("layer_types", "sliding_window", "attention_sinks", "rope_parameters", "rms_norm_eps"):
             digest.update(repr(getattr(config, field)).encode())
-        for field in sorted(name for name in config.to_dict() if name.startswith("ttt_")):
+        for field in FIELDS_OF_VERSION_1:
             digest.update(f"{field}={getattr(config, field)}".encode())
         for name, parameter in self.model.language_model.named_parameters():
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
