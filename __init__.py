@@ -13,7 +13,6 @@ from .modeling_ttt_omni import TTTOmniForCausalLM, TTTOmniModel
 from .ops_ttt_omni import TTTLinearState, TTTMLPState, ttt_linear, ttt_mlp, use_kernels
 from .processing_ttt_omni import TTTOmniProcessor
 from .streaming_ttt_omni import turn_pieces
-from .training import ttt_lora_config
 
 
 AutoConfig.register(TTTOmniConfig.model_type, TTTOmniConfig)
@@ -27,6 +26,15 @@ TTTOmniConfig.register_for_auto_class()
 TTTOmniModel.register_for_auto_class("AutoModel")
 TTTOmniForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 TTTOmniProcessor.register_for_auto_class()
+
+
+def __getattr__(name: str):
+    if name == "ttt_lora_config":  # which loads what only training needs
+        from .training import ttt_lora_config
+
+        return ttt_lora_config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "TTTLinearState",

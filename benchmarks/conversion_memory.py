@@ -20,7 +20,7 @@ from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ttt_omni.conversion import tiny
-from ttt_omni.conversion.checkpoint import LazyTensor, write_checkpoint
+from ttt_omni.checkpoint import LazyTensor, write_checkpoint
 
 
 NUM_SHARDS = 4

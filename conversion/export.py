@@ -12,7 +12,7 @@ from ..configuration_ttt_omni import SLIDING_LAYER_TYPES, TTTOmniConfig, TTTOmni
 from ..files_ttt_omni import new_folder
 from ..processing_ttt_omni import TTTOmniProcessor
 from .backbone import PARTS_TO_TEXT, SOURCES
-from .checkpoint import ConversionError, open_checkpoint, write_checkpoint
+from ..checkpoint import ConversionError, open_checkpoint, write_checkpoint
 
 
 def export(

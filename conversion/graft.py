@@ -9,7 +9,7 @@ import torch
 
 from ..configuration_ttt_omni import TTTOmniTextConfig
 from ..layers_ttt_omni import TTTTokenScale
-from .checkpoint import ConversionError, LazyTensor
+from ..checkpoint import ConversionError, LazyTensor
 
 
 LAYER_TYPES = {"hybrid": "hybrid", "replace": "linear_attention"}

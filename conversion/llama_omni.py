@@ -37,7 +37,7 @@ from .backbone import (
     read_tokenizer,
     text_values,
 )
-from .checkpoint import (
+from ..checkpoint import (
     ConversionError,
     LazyTensor,
     check_layers,

@@ -8,7 +8,7 @@ import torch
 
 from ..configuration_ttt_omni import TTTOmniVocoderConfig
 from ..vocoder_ttt_omni import TTTOmniVocoder
-from .checkpoint import ConversionError, check_dtype, check_sizes, errors_of, load_pt, read_json, tensors_of
+from ..checkpoint import ConversionError, check_dtype, check_sizes, errors_of, load_pt, read_json, tensors_of
 
 
 # fairseq's name of a field, those of `dur_predictor_params` included, to ours.

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import WhisperConfig
 from transformers.utils import logging
 
-from .checkpoint import (
+from ..checkpoint import (
     ConversionError,
     LazyTensor,
     check_layers,

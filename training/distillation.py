@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..conversion.checkpoint import ConversionError, check_tensors, open_checkpoint
+from ..checkpoint import ConversionError, check_tensors, open_checkpoint
 from ..layers_ttt_omni import TokenLayout, TTTOmniDecoderLayer, lay_out_tokens, make_attention
 from ..modeling_ttt_omni import TTTOmniForCausalLM, TTTOmniTextModel
 from .calibration import INPUTS
