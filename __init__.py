@@ -16,6 +16,8 @@ from .streaming_ttt_omni import turn_pieces
 from .training import ttt_lora_config
 
 
+__version__ = "0.1.0"
+
 AutoConfig.register(TTTOmniConfig.model_type, TTTOmniConfig)
 AutoModel.register(TTTOmniConfig, TTTOmniModel)
 AutoModelForCausalLM.register(TTTOmniConfig, TTTOmniForCausalLM)
