@@ -167,7 +167,7 @@ def test_half_precision(golden_model_dir, golden, dtype):
 def test_every_ttt_parameter_learns(models, layers, checkpointing):
     model = models(layers).train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     try:
         model.zero_grad()
         input_ids, attention_mask = pad(random_rows(0, [25, 14]), "right")
@@ -180,7 +180,7 @@ def test_every_ttt_parameter_learns(models, layers, checkpointing):
                 assert parameter.grad.abs().sum() > 0, name
     finally:
         model.zero_grad()
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
         model.eval()
 
 
@@ -199,19 +199,19 @@ def test_a_layer_compiles_without_a_graph_break(models, index):
     assert_close(actual_grad, expected_grad, 1e-8)
 
 
-def test_gradient_checkpointing_changes_no_gradient(models):
+def test_activation_checkpointing_changes_no_gradient(models):
     model = models("mixed").train()
     input_ids = random_rows(0, [25])[0][None]
     gradients = []
     try:
-        for enable in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+        for enable in (model.activation_checkpointing_disable, model.activation_checkpointing_enable):
             enable()
             model.zero_grad()
             model(input_ids, labels=input_ids, use_cache=False).loss.backward()
             gradients.append([p.grad.clone() for n, p in model.named_parameters() if p.grad is not None])
     finally:
         model.zero_grad()
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
         model.eval()
     assert len(gradients[0]) == len(gradients[1]) > 0
     for one, other in zip(*gradients):

@@ -35,7 +35,11 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["ttt_omni"] = "TTTOmniForCausalLM"
 
 
 # These draw ids from the whole vocabulary, or leave out all inputs but the ids.
-TESTS_OF_TEXT_ALONE = ("test_eager_matches_sdpa_inference", "test_model_rope_scaling_from_config")
+TESTS_OF_TEXT_ALONE = (
+    "test_eager_matches_sdpa_inference",
+    "test_model_rope_scaling_from_config",
+    "test_recurrent_layers_mask_padding_on_continued_forward",
+)
 
 
 class TTTOmniModelTester:
