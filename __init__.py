@@ -15,6 +15,8 @@ from .processing_ttt_omni import TTTOmniProcessor
 from .streaming_ttt_omni import turn_pieces
 
 
+__version__ = "0.1.0"
+
 AutoConfig.register(TTTOmniConfig.model_type, TTTOmniConfig)
 AutoModel.register(TTTOmniConfig, TTTOmniModel)
 AutoModelForCausalLM.register(TTTOmniConfig, TTTOmniForCausalLM)

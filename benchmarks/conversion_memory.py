@@ -19,8 +19,8 @@ import transformers
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ttt_omni.conversion import tiny
 from ttt_omni.checkpoint import LazyTensor, write_checkpoint
+from ttt_omni.conversion import tiny
 
 
 NUM_SHARDS = 4

@@ -38,7 +38,7 @@ STAGE = {
     "warmup_steps": 10,
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 1,
-    "gradient_checkpointing": False,
+    "activation_checkpointing": False,
     "bf16": False,
     "use_cpu": True,
     "save_strategy": "no",

@@ -14,8 +14,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from ..configuration_ttt_omni import TTTOmniTextConfig, require_token_ids
 from ..checkpoint import ConversionError, LazyTensor, check_layers, check_sizes, errors_of, read_json
+from ..configuration_ttt_omni import TTTOmniTextConfig, require_token_ids
 
 
 # The backbone of a checkpoint, and the class that reads its config, by its `model_type`.

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 import torch
 
+from ..checkpoint import ConversionError, LazyTensor
 from ..configuration_ttt_omni import TTTOmniTextConfig
 from ..layers_ttt_omni import TTTTokenScale
-from ..checkpoint import ConversionError, LazyTensor
 
 
 LAYER_TYPES = {"hybrid": "hybrid", "replace": "linear_attention"}

@@ -19,6 +19,17 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
+from ..checkpoint import (
+    ConversionError,
+    LazyTensor,
+    check_layers,
+    check_sizes,
+    check_tensors,
+    errors_of,
+    open_checkpoint,
+    read_json,
+    write_checkpoint,
+)
 from ..configuration_ttt_omni import (
     TTTOmniConfig,
     TTTOmniSpeechDecoderConfig,
@@ -36,17 +47,6 @@ from .backbone import (
     read_config,
     read_tokenizer,
     text_values,
-)
-from ..checkpoint import (
-    ConversionError,
-    LazyTensor,
-    check_layers,
-    check_sizes,
-    check_tensors,
-    errors_of,
-    open_checkpoint,
-    read_json,
-    write_checkpoint,
 )
 from .graft import LAYER_TYPES, fresh_tensor, graft, select_layers
 from .vocoder import load_fairseq_vocoder, vocoder_config_from_fairseq

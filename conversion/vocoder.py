@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint import ConversionError, check_dtype, check_sizes, errors_of, load_pt, read_json, tensors_of
 from ..configuration_ttt_omni import TTTOmniVocoderConfig
 from ..vocoder_ttt_omni import TTTOmniVocoder
-from ..checkpoint import ConversionError, check_dtype, check_sizes, errors_of, load_pt, read_json, tensors_of
 
 
 # fairseq's name of a field, those of `dur_predictor_params` included, to ours.

@@ -160,8 +160,8 @@ def read_arguments(
         values[name] = yaml.safe_load(value)
     values["remove_unused_columns"] = False
     stage, arguments = HfArgumentParser((stage_class, TrainingArguments)).parse_dict(values)
-    if stage.backpropagate_length is not None and arguments.gradient_checkpointing:
-        raise ValueError("`backpropagate_length` needs `gradient_checkpointing: false`: its pieces pass on a cache.")
+    if stage.backpropagate_length is not None and arguments.activation_checkpointing:
+        raise ValueError("`backpropagate_length` needs `activation_checkpointing: false`: its pieces pass on a cache.")
     if stage.backpropagate_length is not None and arguments.world_size > 1:
         if arguments.per_device_train_batch_size > 1:
             raise ValueError("`backpropagate_length` on several processes needs `per_device_train_batch_size: 1`.")

@@ -119,7 +119,7 @@ def start_with_accelerator(self, *args, **kwargs):
 PartialState.__init__ = start_with_accelerator
 finetune = runpy.run_path(sys.argv[1])
 overrides = sys.argv[3:]
-truncated = ["gradient_checkpointing=false", "backpropagate_length=40"]
+truncated = ["activation_checkpointing=false", "backpropagate_length=40"]
 for overrides in (overrides, [*overrides, *truncated]):
     trainer = finetune["train"](*finetune["read_arguments"](sys.argv[2], *overrides))
     W1 = next(p for name, p in trainer.model.named_parameters() if name.endswith("default.W1"))
@@ -154,7 +154,7 @@ def test_fine_tuning_under_accelerate_with_fsdp2(tiny_model_dir, spoken_corpus, 
 
     finetune, losses = runpy.run_path(script), []
     overrides = ["per_device_train_batch_size=2", f"output_dir={tmp_path / 'whole'}"]
-    for truncated in ([], ["gradient_checkpointing=false", "backpropagate_length=40"]):
+    for truncated in ([], ["activation_checkpointing=false", "backpropagate_length=40"]):
         trainer = finetune["train"](*finetune["read_arguments"](stage, *overrides, *truncated))
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert len(losses[0]) == 2 and losses[0][0] == pytest.approx(losses[1][0], rel=1e-4)

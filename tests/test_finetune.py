@@ -220,7 +220,7 @@ def test_pieces(length, data):
 @pytest.fixture(scope="module")
 def trainer_and_batch(finetune, stage, tiny_model_dir, tmp_path_factory):
     """A trainer of a model whose memory takes part, and two conversations in a row, spoken and not."""
-    overrides = ["loss=both", "gradient_checkpointing=false", f"output_dir={tmp_path_factory.mktemp('truncated')}"]
+    overrides = ["loss=both", "activation_checkpointing=false", f"output_dir={tmp_path_factory.mktemp('truncated')}"]
     stage_arguments, arguments = finetune.read_arguments(str(stage), *overrides)
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir).double()
     for layer in base.model.language_model.layers[2:]:
@@ -304,7 +304,7 @@ def test_bad_arguments(finetune, stage, tmp_path):
         finetune.read_arguments(str(stage), "backpropagate_length=0", f"output_dir={tmp_path}")
     with pytest.raises(ValueError, match="needs `packing: true`"):
         finetune.read_arguments(str(stage), "backpropagate_length=8", "packing=false", f"output_dir={tmp_path}")
-    with pytest.raises(ValueError, match="needs `gradient_checkpointing: false`"):
+    with pytest.raises(ValueError, match="needs `activation_checkpointing: false`"):
         finetune.read_arguments(str(stage), "backpropagate_length=8", f"output_dir={tmp_path}")
     with pytest.raises(ValueError, match="An adapter on the Hub needs a base there"):
         finetune.read_arguments(str(stage), "push_to_hub=true", f"output_dir={tmp_path}")
@@ -322,4 +322,4 @@ def test_stages_are_valid(finetune, path, tmp_path):
     overrides = ["model=x", "manifest=y", f"output_dir={tmp_path}", "bf16=false"]
     stage, arguments = finetune.read_arguments(str(path), *overrides)
     assert stage.length == 1024 * (64 if path.stem == "65k" else int(path.stem.removesuffix("k")))
-    assert arguments.gradient_checkpointing and stage.memory_learning_rate > arguments.learning_rate
+    assert arguments.activation_checkpointing and stage.memory_learning_rate > arguments.learning_rate

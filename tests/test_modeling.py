@@ -126,7 +126,7 @@ def test_a_layer_compiles_without_a_graph_break(models, index):
     assert_close(actual_grad, expected_grad, 1e-8)
 
 
-def test_gradient_checkpointing_changes_no_gradient(models):
+def test_activation_checkpointing_changes_no_gradient(models):
     model = models("mixed").train()
     input_ids = random_rows(0, [25])[0][None]
     gradients = []

@@ -1,11 +1,17 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
+import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -107,7 +113,9 @@ def test_the_wheel(tmp_path):
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
         check=True,
     )
-    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"ttt_omni-{ttt_omni.__version__}-")
+    names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if name.startswith("ttt_omni/") and name.count("/") == 1} == {
         "ttt_omni/__init__.py",
         "ttt_omni/__main__.py",
@@ -116,6 +124,39 @@ def test_the_wheel(tmp_path):
     }
     assert {"ttt_omni/conversion/cli.py", "ttt_omni/training/__init__.py", "ttt_kernels/__init__.py"} <= set(names)
     assert not any("tests" in name for name in names)
+
+
+def read_lock() -> dict[str, str]:
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    pins = [re.fullmatch(r"([\w.-]+)==(\d[\w.]*)", line).groups() for line in lines if not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pins}
+
+
+def test_the_lock_is_within_the_ranges():
+    """And holds nothing but versions, which any machine's pip can take."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    requirements = project["dependencies"] + extras["kernels"] + extras["train"] + extras["test"]
+    lock = read_lock()
+    for requirement in map(Requirement, requirements):
+        if requirement.name != project["name"]:
+            assert requirement.specifier.contains(lock[canonicalize_name(requirement.name)]), requirement
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_what_make_takes_of_the_lock(tmp_path):
+    """Another PyTorch or Transformers, and its own environment."""
+    lock = read_lock()
+    unlocked, stamps = {}, set()
+    for values in ((), ("TORCH=torch",), ("TRANSFORMERS=transformers",), ("TRANSFORMERS=transformers==5.23.0",)):
+        command = ["make", "--dry-run", "test", f"VENV={tmp_path}", *values]
+        environment = {"PATH": os.environ["PATH"]}  # without the variables of a `make` that runs this test
+        done = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+        (pattern,) = re.findall(r"grep -vE '(.*?)'", done.stdout)
+        unlocked[values] = {name for name, version in lock.items() if re.search(pattern, f"{name}=={version}")}
+        stamps.add(re.search(r"touch (\S+)", done.stdout)[1])
+    assert list(unlocked.values()) == [set(), {"torch", "triton"}, set(lock), set(lock)]
+    assert len(stamps) == len(unlocked)
 
 
 REMOTE_ANSWER = """

@@ -34,12 +34,21 @@ MODEL_MAPPING_NAMES["ttt_omni"] = "TTTOmniModel"
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["ttt_omni"] = "TTTOmniForCausalLM"
 
 
+# These draw ids from the whole vocabulary, or leave out all inputs but the ids.
+TESTS_OF_TEXT_ALONE = (
+    "test_eager_matches_sdpa_inference",
+    "test_model_rope_scaling_from_config",
+    "test_recurrent_layers_mask_padding_on_continued_forward",
+)
+
+
 class TTTOmniModelTester:
     """A tiny TTT-Omni whose gate is open, so that TTT takes part in every output."""
 
     batch_size = 3
     text_length = 7
     audio_length = 6
+    audio_token_id = 4
     num_frames = 60
     hidden_size = 32
     num_hidden_layers = 2
@@ -47,8 +56,10 @@ class TTTOmniModelTester:
     vocab_size = 99
     is_training = True
 
-    def __init__(self, parent):
+    def __init__(self, parent, text_alone=False):
         self.parent = parent
+        if text_alone:
+            self.audio_length = 0
         self.seq_length = self.encoder_seq_length = self.audio_length + self.text_length
 
     def get_config(self):
@@ -57,7 +68,7 @@ class TTTOmniModelTester:
             "intermediate_size": 48,
             "num_attention_heads": self.num_attention_heads,
         }
-        return TTTOmniConfig(
+        config = TTTOmniConfig(
             text_config=TTTOmniTextConfig(
                 **llama,
                 vocab_size=self.vocab_size,
@@ -96,20 +107,21 @@ class TTTOmniModelTester:
                 duration_predictor_hidden_dim=8,
                 upsample_initial_channel=32,
             ),
-            audio_token_id=4,
+            audio_token_id=self.audio_token_id,
             projector_hidden_size=24,
         )
+        if self.audio_length == 0:
+            config.audio_config = config.audio_token_id = None
+        return config
 
     def prepare_config_and_inputs_for_common(self):
         config = self.get_config()
-        audio_tokens = torch.full((self.batch_size, self.audio_length), config.audio_token_id, device=torch_device)
+        audio_tokens = torch.full((self.batch_size, self.audio_length), self.audio_token_id, device=torch_device)
         text_tokens = ids_tensor([self.batch_size, self.text_length], self.vocab_size - 5) + 5
         input_ids = torch.cat([text_tokens[:, :1], audio_tokens, text_tokens[:, 1:]], dim=1)
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
-            "input_features": floats_tensor([self.batch_size, 8, self.num_frames]),
-        }
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        if self.audio_length > 0:
+            inputs["input_features"] = floats_tensor([self.batch_size, 8, self.num_frames])
         return config, inputs
 
 
@@ -118,7 +130,7 @@ class TTTOmniModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCas
     _is_composite = True
 
     def setUp(self):
-        self.model_tester = TTTOmniModelTester(self)
+        self.model_tester = TTTOmniModelTester(self, text_alone=self._testMethodName.startswith(TESTS_OF_TEXT_ALONE))
         self.config_tester = ConfigTester(
             self, config_class=TTTOmniConfig, has_text_modality=False, common_properties=["audio_token_id"]
         )

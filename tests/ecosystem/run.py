@@ -26,7 +26,7 @@ STAND_INS = {
     "tests/generation/__init__.py": "",
     "tests/generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
     "tests/exporters/__init__.py": "",
-    "tests/exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
+    "tests/exporters/test_export.py": "class ExportTesterMixin: ...\nclass ExportGenerateTesterMixin: ...\n",
     "tests/utils/__init__.py": "",
     "tests/utils/test_configuration_utils.py": "config_common_kwargs = {}\n",
 }
