@@ -6,11 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from transformers import Cache, LlamaConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
-    LlamaDecoderLayer,
+    LlamaMLP,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
@@ -406,14 +407,17 @@ class TTTOmniTTT(nn.Module):
         return apply_rotary_pos_emb(q, k, angles.cos().to(q.dtype), angles.sin().to(q.dtype))
 
 
-class TTTOmniDecoderLayer(LlamaDecoderLayer):
+class TTTOmniDecoderLayer(GradientCheckpointingLayer):
     """Llama's layer with what `config.layer_types` says of it: attention, full or windowed, TTT, or both."""
 
     def __init__(self, config: TTTOmniTextConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
+        super().__init__()
         self.layer_idx = layer_idx
         self.layer_type = config.layer_types[layer_idx]
         self.self_attn = make_attention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if self.layer_type in TTT_LAYER_TYPES:
             self.ttt = TTTOmniTTT(config, layer_idx, self.self_attn)
             if self.layer_type == "linear_attention":

@@ -168,7 +168,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoPro
 path, golden = sys.argv[1], load_file(sys.argv[2])
 processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
 features = processor(text=processor.audio_token, audio=golden["waveform"].numpy(), sampling_rate=16000)
-torch.testing.assert_close(features["input_features"][0].T, golden["mel"], rtol=0, atol=1e-5)
+torch.testing.assert_close(features["input_features"][0].T, golden["mel"], rtol=0, atol=1e-4)
 model = AutoModelForMultimodalLM.from_pretrained(path, trust_remote_code=True)
 audio = [model.config.audio_token_id] * 300
 ids = torch.tensor([[x for i in golden["input_ids"].tolist() for x in (audio if i == -200 else [i])]])

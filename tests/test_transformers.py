@@ -48,6 +48,7 @@ TAKEN = {
     "transformers.initialization.ones_": "tensor",
     "transformers.initialization.zeros_": "tensor",
     "transformers.masking_utils.create_causal_mask": "config, inputs_embeds, attention_mask, cache, position_ids",
+    "transformers.modeling_layers.GradientCheckpointingLayer": "",
     "transformers.modeling_outputs.BaseModelOutputWithPast": "last_hidden_state, cache",
     "transformers.modeling_outputs.BaseModelOutputWithPooling": "last_hidden_state, pooler_output",
     "transformers.modeling_outputs.CausalLMOutputWithPast": "loss, logits, cache, hidden_states, attentions",
@@ -64,7 +65,7 @@ TAKEN = {
     "transformers.models.qwen3.modeling_qwen3.Qwen3Attention.forward": (
         "hidden_states, position_embeddings, attention_mask, cache"
     ),
-    "transformers.models.llama.modeling_llama.LlamaDecoderLayer": "config, layer_idx",
+    "transformers.models.llama.modeling_llama.LlamaMLP": "config",
     "transformers.models.llama.modeling_llama.LlamaRMSNorm": "hidden_size, eps",
     "transformers.models.llama.modeling_llama.LlamaRotaryEmbedding": "config",
     "transformers.models.llama.modeling_llama.apply_rotary_pos_emb": "q, k, cos, sin",
