@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from ttt_omni.conversion import chat
-from ttt_omni.conversion.cli import main
+from ttt_omni.commands import chat
+from ttt_omni.commands.cli import main
 
 
 RATE = 16000

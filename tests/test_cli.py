@@ -12,7 +12,7 @@ import soundfile
 import torch
 from transformers import AutoModelForCausalLM
 
-from ttt_omni.conversion.cli import main
+from ttt_omni.commands.cli import main
 
 
 QUESTION = Path(__file__).parent.parent / "examples" / "question.wav"

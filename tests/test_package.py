@@ -113,7 +113,7 @@ def test_the_wheel(tmp_path):
         "ttt_omni/model_card.md",
         *(f"ttt_omni/{name}" for name in FLAT_FILES),
     }
-    assert {"ttt_omni/conversion/cli.py", "ttt_omni/training/__init__.py", "ttt_kernels/__init__.py"} <= set(names)
+    assert {"ttt_omni/commands/cli.py", "ttt_omni/training/__init__.py", "ttt_kernels/__init__.py"} <= set(names)
     assert not any("tests" in name for name in names)
 
 

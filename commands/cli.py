@@ -8,11 +8,11 @@ import sys
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from ..conversion.graft import LAYER_TYPES
+from ..conversion.llama_omni import DTYPES, convert_llama_omni
+from ..conversion.tiny import make_tiny
 from ..training.calibration import calibrate_folder
 from .chat import answer_question, chat
-from .graft import LAYER_TYPES
-from .llama_omni import DTYPES, convert_llama_omni
-from .tiny import make_tiny
 
 
 def main(argv: list[str] | None = None) -> None:
