@@ -126,6 +126,7 @@ class TTTOmniGenerationMixin(GenerationMixin):
         if memory is None:
             memory = TTTOmniMemory(DynamicCache(config=self.config), torch.empty(1, 0, dtype=torch.long))
         cache = memory.cache
+        add_ttt_layers(cache, self.config.get_text_config())
         last = {"input_ids": memory.input_ids[:, cache.get_seq_length() :]}
         memory.input_ids = memory.input_ids[:, : cache.get_seq_length()]
         for piece in pieces:

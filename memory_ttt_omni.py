@@ -17,6 +17,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from .cache_ttt_omni import LAYER_CLASSES, add_ttt_layers
 from .configuration_ttt_omni import SLIDING_LAYER_TYPES, TTT_LAYER_TYPES
+from .files_ttt_omni import new_file
 from .ops_ttt_omni import with_pending_rows
 
 
@@ -111,13 +112,8 @@ class TTTOmniMemoryMixin:
             "length": str(*lengths),
             "metadata": json.dumps(metadata or {}),
         }
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with new_file(path) as temporary:
             save_file(tensors, temporary, fields | {"checksum": _checksum(tensors, fields)})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def load_memory(self, path: str | os.PathLike) -> TTTOmniMemory:
         """

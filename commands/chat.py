@@ -2,14 +2,9 @@
 """`ttt-omni answer` and `ttt-omni chat`: spoken conversations on the command line."""
 
 import ctypes
-import os
-import queue
-import sys
-import threading
 import time
-import wave
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +15,20 @@ from tqdm import tqdm
 from ..configuration_ttt_omni import TTTOmniConfig
 from ..memory_ttt_omni import TTTOmniMemory
 from ..modeling_ttt_omni import TTTOmniForCausalLM
-from ..processing_ttt_omni import TTTOmniProcessor, read_audio
-from ..streaming_ttt_omni import TTTOmniStreamEvent, check_speaks, skip_pieces, turn_pieces
+from ..processing_ttt_omni import TTTOmniProcessor
+from ..streaming_ttt_omni import TTTOmniStreamEvent, skip_pieces, turn_pieces
+from .audio_io import (
+    Player,
+    SpeechFile,
+    check_folder,
+    check_output,
+    find_sounddevice,
+    open_player,
+    record_questions,
+    repeatable,
+)
+from .conversation_file import ConversationFile, RecordedPieces, UnfinishedCommand, UnfinishedTurn, locked
+from .terminal import progress
 
 
 # The instruction beside the speech that LLaMA-Omni was trained with.
@@ -29,7 +36,6 @@ INSTRUCTION = "Please directly answer the questions in the user's speech."
 END_OF_TURN = "<|eot_id|>"
 WINDOW_SECONDS = 30
 SAVE_SECONDS = 60
-MICROPHONE_RATE = 16000
 
 
 def answer_question(
@@ -45,26 +51,35 @@ def answer_question(
     skip_silence: bool = False,
 ) -> None:
     """
-    Prints the answer to the recording `question` as it comes, and writes it as speech to the WAV file `output`.
+    Prints the answer to the recording `question` as it comes, and writes it as speech to the file `output`.
 
     Args:
+        question: path, of a pipe too, or URL.
+        output: a .wav, .flac or .ogg.
         model: folder, or repository on the Hub.
-        stream: whether `output` grows with the answer, rather than to appear when it is complete.
+        max_new_tokens: of the answer, at least 1 and at most the model's `max_position_embeddings`.
+        stream: whether `output`, a .wav, grows with the answer, rather than to appear when it is complete.
         play: whether to play the answer, too.
-        memory: file of a conversation that goes on. While a long recording is heard it is saved there, so that the
-            same command goes on where it was interrupted.
+        memory: file of a conversation that goes on. While a long recording is heard, that is saved beside it, so that
+            the same command goes on where it was interrupted; another question goes on from the last completed turn.
         skip_silence: whether to leave out windows of 30 s in which nothing is to be heard.
 
     Raises:
-        ValueError, OSError: a recording that cannot be read, a model that cannot be loaded or does not speak.
+        ValueError, OSError: a recording that cannot be read, a model that cannot be loaded or does not speak, a file
+            that another command is writing.
     """
-    _check_folder(output)
-    _check_recording(question)
-    sounddevice = _sounddevice("playing") if play else None
-    conversation = Conversation(model, device, dtype, memory, skip_silence)
-    conversation.hear(question)
-    with _player(sounddevice, conversation.sampling_rate) as player:
+    check_output(output, stream)
+    with ExitStack() as stack:
+        if stream:
+            stack.enter_context(locked(output))
+        recording = stack.enter_context(repeatable(question))
+        sounddevice = find_sounddevice("playing") if play else None
+        stack.enter_context(_locked_memory(memory))
+        conversation = Conversation(model, device, dtype, memory, skip_silence, max_new_tokens)
+        conversation.hear(recording)
+        player = stack.enter_context(open_player(sounddevice, conversation.sampling_rate))
         _speak(conversation.answer(max_new_tokens), Path(output), stream, player, conversation.sampling_rate)
+        conversation.complete_turn()
 
 
 def chat(
@@ -84,56 +99,71 @@ def chat(
     Args:
         questions: recordings; none to speak into the microphone.
         output: folder for the answers, `answer-1.wav` and so on.
-        memory: file of the conversation, which is saved there after each turn, and goes on if there is one.
+        memory: file of the conversation, which is saved there after each turn, and goes on if there is one. The same
+            command goes on where it was interrupted, without the questions that it has answered.
         model, max_new_tokens, device, dtype, play, skip_silence: as in [`answer_question`].
 
     Raises:
         ValueError, OSError: as [`answer_question`], or without questions where there is no microphone.
     """
-    for question in questions:
-        _check_recording(question)
-    if not questions:
-        questions = _record_questions(_sounddevice("speaking"))
-    sounddevice = _sounddevice("playing") if play else None
-    if output is not None:
-        Path(output).mkdir(parents=True, exist_ok=True)
-    conversation = Conversation(model, device, dtype, memory, skip_silence)
-    with _player(sounddevice, conversation.sampling_rate) as player:
-        for number, question in enumerate(questions, start=1):
-            conversation.hear(question)
+    with ExitStack() as stack:
+        recordings = [stack.enter_context(repeatable(question)) for question in questions]
+        if not questions:
+            recordings = record_questions(find_sounddevice("speaking"))
+        sounddevice = find_sounddevice("playing") if play else None
+        if output is not None:
+            Path(output).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(Path(output) / "answers"))
+        stack.enter_context(_locked_memory(memory))
+        conversation = Conversation(model, device, dtype, memory, skip_silence, max_new_tokens)
+        answered = conversation.skip_answered(recordings) if questions else 0
+        player = stack.enter_context(open_player(sounddevice, conversation.sampling_rate))
+        for number, recording in enumerate(recordings, start=1):
+            if number <= answered:
+                progress(f"{questions[number - 1]} was answered before the interruption")
+                continue
+            conversation.hear(recording)
             path = None if output is None else Path(output) / f"answer-{number}.wav"
             _speak(conversation.answer(max_new_tokens), path, True, player, conversation.sampling_rate)
+            conversation.complete_turn()
 
 
 class Conversation:
     """
-    A model, a processor and what they said so far.
+    A model, a processor and what they said so far. A turn is [`hear`], [`answer`] and [`complete_turn`].
 
     Args:
         model: folder, or repository on the Hub.
         memory: file from which the conversation goes on, and where it is saved.
         device, dtype, skip_silence: as in [`answer_question`].
+        max_new_tokens: that will be asked of [`answer`].
     """
 
-    def __init__(self, model: str, device: str, dtype: str, memory: str | None, skip_silence: bool):
-        if memory is not None:
-            _check_folder(memory)
-        if device == "auto":
-            device = torch.accelerator.current_accelerator() or "cpu"
+    def __init__(
+        self,
+        model: str,
+        device: str,
+        dtype: str,
+        memory: str | None,
+        skip_silence: bool,
+        max_new_tokens: int = 256,
+    ):
+        _check_model(model, max_new_tokens)
+        device = _check_device(device)
         _return_freed_memory()
         progress(f"Loading {model}")
-        _check_model(model)
         self.processor = TTTOmniProcessor.from_pretrained(model)
         self.model = TTTOmniForCausalLM.from_pretrained(model, dtype=dtype, device_map=device)
-        check_speaks(self.model)
         self.end_of_turn = self.processor.tokenizer.convert_tokens_to_ids(END_OF_TURN)
         self.skip_silence = skip_silence
-        self.path = memory
+        self.file = None if memory is None else ConversationFile(memory)
         self.memory: TTTOmniMemory | None = None
-        if memory is not None and Path(memory).exists():
-            self.memory = self.model.load_memory(memory)
-            if self.memory.input_ids is None:
-                raise ValueError(f"{memory} holds no tokens: it is none that `ttt-omni` saved.")
+        self.unfinished: UnfinishedTurn | None = None
+        self.command = UnfinishedCommand()
+        if self.file is not None:
+            self.memory = self.file.load(self.model, self.end_of_turn)
+            self.unfinished = self.file.unfinished_turn()
+        if self.memory is not None:
             progress(f"Going on with the {self.memory.input_ids.shape[1]} tokens of {memory}")
 
     @property
@@ -141,173 +171,121 @@ class Conversation:
         """Of the answers, in Hz."""
         return self.model.config.vocoder_config.sampling_rate
 
+    def skip_answered(self, questions: list[str]) -> int:
+        """
+        How many of a command's `questions` were answered before it was interrupted; the others are to come.
+
+        It is known by their number, and by the content of those that were answered.
+        """
+        before = UnfinishedCommand() if self.file is None else self.file.command()
+        self.command = UnfinishedCommand(len(questions))
+        if before.questions != len(questions):
+            return 0
+        for question, recording in zip(questions, before.answered):
+            pieces = self._pieces(question, is_first=False)
+            for _ in pieces:
+                pass
+            if pieces.recordings[-1] != recording:
+                return 0
+        self.command = before
+        return len(before.answered)
+
     def hear(self, question: str | tuple[np.ndarray, int]) -> None:
         """
         Listens to a recording of any length, a file or samples with their rate; goes on with it where the memory was
         saved in its middle.
         """
-        content = [{"type": "audio", "audio": question}, {"type": "text", "text": INSTRUCTION}]
-        heard, is_first = self._unfinished_turn()
-        pieces = turn_pieces(self.processor, {"role": "user", "content": content}, is_first, self.skip_silence)
-        pieces = skip_pieces(_show_progress(pieces, question), heard)
+        self.begins = 0 if self.memory is None else self.memory.input_ids.shape[1]
+        pieces = self._resume(question)
+        if pieces is None:
+            pieces = self._pieces(question, is_first=self.begins == 0)
+        heard = len(pieces.recordings) - 1
         saved = time.monotonic()
         for memory in self.model.listen(pieces, self.memory):
             self.memory = memory
-            if time.monotonic() - saved >= SAVE_SECONDS:
-                self._save()
+            heard = min(
+                heard + 1, len(pieces.recordings) - 1
+            )  # of a turn heard before, the last piece comes once more
+            self.recording = pieces.recordings[heard]
+            if self.file is not None and time.monotonic() - saved >= SAVE_SECONDS:
+                self._save_unfinished(heard, "listening")
                 saved = time.monotonic()
-        self._save()
+        if self.file is not None:
+            self._save_unfinished(heard, "answering")
 
     def answer(self, max_new_tokens: int) -> Iterator[TTTOmniStreamEvent]:
-        """Answers what was heard; remembers and saves the answer once it is complete."""
-        tokens = []
+        """Answers what was heard."""
+        self.tokens = []
         for event in self.model.stream(
             **vars(self.memory), tokenizer=self.processor.tokenizer, max_new_tokens=max_new_tokens
         ):
-            tokens += [] if event.token is None else [event.token]
+            self.tokens += [] if event.token is None else [event.token]
             yield event
-        if tokens[-1] in np.atleast_1d(self.model.generation_config.eos_token_id):
-            tokens.pop()
-        tokens.append(self.end_of_turn)
-        self.memory.input_ids = torch.cat([self.memory.input_ids, torch.tensor([tokens])], dim=1)
-        self._save()
 
-    def _unfinished_turn(self) -> tuple[torch.LongTensor, bool]:
-        """The tokens `[1, n]` of a turn that the memory holds a part of, and whether the turn is the first."""
-        if self.memory is None:
-            return torch.empty(1, 0, dtype=torch.long), True
-        input_ids = self.memory.input_ids
-        ends = (input_ids[0] == self.end_of_turn).nonzero().flatten().tolist()
-        if len(ends) < 3:  # the system prompt's, and not yet those of a question and its answer
-            return input_ids, True
-        return input_ids[:, ends[-1] + 1 :], False
+    def complete_turn(self) -> None:
+        """Remembers and saves the answer, once it is complete and where it shall be."""
+        if self.tokens[-1] in np.atleast_1d(self.model.generation_config.eos_token_id):
+            self.tokens.pop()
+        answer = torch.tensor([[*self.tokens, self.end_of_turn]])
+        self.memory.input_ids = torch.cat([self.memory.input_ids, answer.to(self.memory.input_ids.device)], dim=1)
+        self.command.answered.append(self.recording)
+        if len(self.command.answered) == self.command.questions:
+            self.command = UnfinishedCommand()
+        if self.file is not None:
+            self.file.save(self.model, self.memory, self.command)
 
-    def _save(self):
-        if self.path is not None:
-            self.model.save_memory(self.path, self.memory.cache, self.memory.input_ids)
+    def _resume(self, question) -> RecordedPieces | None:
+        """The pieces of `question` that are to come, if it is that which was heard in part; the memory is of then."""
+        turn, self.unfinished = self.unfinished, None
+        if turn is None:
+            return None
+        self.memory = None  # before there is another one
+        self.memory = self.file.load_unfinished(self.model)
+        pieces = self._pieces(question, is_first=turn.begins == 0)
+        with suppress(ValueError):  # the prompt of another recording
+            skip_pieces(pieces, self.memory.input_ids[:, turn.begins :])
+            if len(pieces.recordings) - 1 == turn.pieces and pieces.recordings[-1] == turn.recording:
+                progress(f"Going on with a question of which {turn.pieces} pieces were heard")
+                return pieces
+        progress("Going back to the last completed turn, as this is another question than the unfinished one")
+        self.memory = None
+        self.memory = self.file.load(self.model, self.end_of_turn)
+        return None
+
+    def _pieces(self, question, is_first: bool) -> RecordedPieces:
+        content = [{"type": "audio", "audio": question}, {"type": "text", "text": INSTRUCTION}]
+        pieces = turn_pieces(self.processor, {"role": "user", "content": content}, is_first, self.skip_silence)
+        return RecordedPieces(_show_progress(pieces, question))
+
+    def _save_unfinished(self, heard: int, state: str) -> None:
+        turn = UnfinishedTurn(self.begins, heard, self.recording, state)
+        self.file.save_unfinished(self.model, self.memory, turn)
 
 
-def _speak(events, path: Path | None, grows: bool, player: "_Player | None", sampling_rate: int) -> None:
+def _speak(events, path: Path | None, grows: bool, player: Player | None, sampling_rate: int) -> None:
     """Prints the text of `events`, and writes and plays their speech."""
-    writer = None if path is None else _WavWriter(path, sampling_rate, grows)
     samples, is_silent = 0, True
-    try:
+    with nullcontext() if path is None else SpeechFile(path, sampling_rate, grows) as file:
         for event in events:
             if event.text:
                 print(event.text, end="", flush=True)
             if event.waveform is not None:
                 waveform = event.waveform.float().cpu()
                 samples, is_silent = samples + len(waveform), is_silent and not waveform.any()
-                for sink in filter(None, (writer, player)):
+                for sink in filter(None, (file, player)):
                     sink.write(waveform)
         print(flush=True)
-        if is_silent:
-            progress("The answer says nothing: no file is written" if writer else "The answer says nothing")
-        elif writer:
-            writer.complete()
-            progress(f"Wrote {samples / sampling_rate:.1f} s of speech to {path}")
-    finally:
-        if writer:
-            writer.close()
+    if is_silent:
+        progress("The answer says nothing" if path is None else "The answer says nothing: no file is written")
+    elif path is not None:
+        progress(f"Wrote {samples / sampling_rate:.1f} s of speech to {path}")
 
 
-class _WavWriter:
-    """
-    Writes speech as 16-bit PCM: to `path` at once, a complete WAV after each chunk, if it `grows`; else to a temporary
-    file that `complete` moves there.
-    """
-
-    def __init__(self, path: Path, sampling_rate: int, grows: bool):
-        self.path = path
-        self.temporary = path if grows else path.with_name(f".{path.name}.tmp")
-        self.grows = grows
-        self.sampling_rate = sampling_rate
-        self.file = None  # until there is a sound
-
-    def write(self, waveform: torch.FloatTensor) -> None:
-        if self.file is None:
-            if not waveform.any():
-                return
-            self.file = wave.open(os.fspath(self.temporary), "wb")
-            self.file.setparams((1, 2, self.sampling_rate, 0, "NONE", "not compressed"))
-        pcm = (waveform.clamp(-1, 1) * 32767).round().to(torch.int16)
-        self.file.writeframes(pcm.numpy().astype("<i2").tobytes())  # which brings the header up to date
-
-    def complete(self) -> None:
-        self.file.close()
-        self.temporary.replace(self.path)
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-            if not self.grows:
-                self.temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _player(sounddevice, sampling_rate: int) -> Iterator["_Player | None"]:
-    """Plays what is written to it until all was heard, on no device at all for `None`."""
-    if sounddevice is None:
-        yield None
-        return
-    player = _Player(sounddevice, sampling_rate)
-    yield player
-    player.finish()
-
-
-class _Player:
-    """Plays speech in a thread, while the next is being made."""
-
-    def __init__(self, sounddevice, sampling_rate: int):
-        self.device = sounddevice.OutputStream(samplerate=sampling_rate, channels=1, dtype="float32")
-        self.chunks = queue.Queue()
-        self.thread = threading.Thread(target=self._play, daemon=True)
-        self.thread.start()
-
-    def write(self, waveform: torch.FloatTensor) -> None:
-        self.chunks.put(waveform.numpy())
-
-    def finish(self) -> None:
-        self.chunks.put(None)
-        self.thread.join()
-
-    def _play(self):
-        with self.device:
-            while (chunk := self.chunks.get()) is not None:
-                self.device.write(chunk)
-
-
-def _record_questions(sounddevice) -> Iterator[tuple[np.ndarray, int]]:
-    """What is said between two presses of Enter, time after time, until the end of the input."""
-    while True:
-        progress("Press Enter to speak, and Enter again when you are done; Ctrl-D ends the conversation")
-        if not sys.stdin.readline():
-            return
-        if blocks := _record(sounddevice):
-            yield np.concatenate(blocks), MICROPHONE_RATE
-
-
-def _record(sounddevice) -> list[np.ndarray]:
-    """Blocks `[samples]` of what is said until Enter is pressed."""
-    blocks = []
-
-    def append(block, *_):
-        blocks.append(block[:, 0].copy())
-
-    with sounddevice.InputStream(samplerate=MICROPHONE_RATE, channels=1, dtype="float32", callback=append):
-        sys.stdin.readline()
-    return blocks
-
-
-def _sounddevice(purpose: str):
-    try:
-        import sounddevice
-
-        return sounddevice
-    except (ImportError, OSError) as error:  # OSError: without PortAudio
-        raise ValueError(
-            f"There is no sound device for {purpose} ({error}): it takes `pip install sounddevice`, and PortAudio."
-        ) from error
+def _locked_memory(memory: str | None):
+    if memory is None:
+        return nullcontext()
+    check_folder(memory)
+    return locked(memory)
 
 
 def _show_progress(pieces: Iterator[dict], question) -> Iterator[dict]:
@@ -330,17 +308,19 @@ def _return_freed_memory() -> None:
         pass  # another C library
 
 
-def _check_folder(path: str) -> None:
-    if not Path(path).parent.is_dir():
-        raise ValueError(f"The folder {Path(path).parent} for {Path(path).name} does not exist.")
+def _check_device(device: str) -> torch.device:
+    """The device called `device`, once it is known to be there."""
+    if device == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # the latter without CUDA
+        raise ValueError(f"The device {device!r} cannot be used: {str(error).partition(chr(10))[0]}") from error
+    return torch.device(device)
 
 
-def _check_recording(path: str) -> None:
-    """Raises what reading it would: at once, rather than after the minutes that loading a model may take."""
-    next(read_audio(path, MICROPHONE_RATE), None)
-
-
-def _check_model(model: str) -> None:
+def _check_model(model: str, max_new_tokens: int) -> None:
+    """Raises ValueError unless `model` hears and speaks, and may be asked for so many tokens."""
     try:
         config, _ = TTTOmniConfig.get_config_dict(model)
     except OSError:
@@ -349,8 +329,13 @@ def _check_model(model: str) -> None:
         raise ValueError(f"The model {model} is neither a folder with a config.json nor found on the Hub.")
     if config.get("model_type") != TTTOmniConfig.model_type:
         raise ValueError(f"{model} is no TTT-Omni model but {config.get('model_type')!r}: see `ttt-omni convert`.")
-
-
-def progress(message: str) -> None:
-    """Says on stderr what is going on."""
-    print(f"ttt-omni: {message}", file=sys.stderr)
+    parts = {"audio_config": "hear", "speech_decoder_config": "speak", "vocoder_config": "speak"}
+    for field, ability in parts.items():
+        if config.get(field) is None:
+            raise ValueError(f"{model} cannot {ability}: its config.json has no `{field}`.")
+    limit = TTTOmniConfig.from_dict(config).text_config.max_position_embeddings
+    if not 1 <= max_new_tokens <= limit:
+        raise ValueError(
+            f"`max_new_tokens` must be from 1 to the {limit} of the model's `max_position_embeddings`, got "
+            f"{max_new_tokens}."
+        )

@@ -54,13 +54,13 @@ def fails(run, capsys, *arguments) -> str:
 def test_stream_grows_to_the_same_file(run, questions, monkeypatch):
     run("answer", questions[0], "--output=whole.wav")
     sizes = []
-    write = chat._WavWriter.write
+    write = chat.SpeechFile.write
 
     def write_and_look(writer, waveform):
         write(writer, waveform)
         sizes.append(soundfile.info("grown.wav").frames)
 
-    monkeypatch.setattr(chat._WavWriter, "write", write_and_look)
+    monkeypatch.setattr(chat.SpeechFile, "write", write_and_look)
     run("answer", questions[0], "--output=grown.wav", "--stream")
     assert sizes == sorted(set(sizes)) and len(sizes) > 1
     whole, grown = (soundfile.read(name, dtype="int16")[0] for name in ("whole.wav", "grown.wav"))
