@@ -10,8 +10,9 @@ Of each kill it prints how many turns were complete, what was being heard, how m
 nobody disturbed: the same tokens, and caches that differ by so much. It fails where they are not the same.
 
 The command runs in a process of its own, forked from one that has imported the libraries, as that alone would take
-most of its time, and saves after each piece rather than each minute. `--moments` are shares of its time, in place of
-random ones. Linux, and other systems with `fork`.
+most of its time, and saves after each piece rather than each minute. A moment is a number of events (pieces heard,
+tokens, saves) and a while after it; `--moments` are shares of all events, in place of random ones. Linux, and other
+systems with `fork`.
 """
 
 import argparse
@@ -33,50 +34,65 @@ from safetensors import safe_open
 from ttt_omni.commands import chat, cli
 from ttt_omni.conversion import make_tiny
 from ttt_omni.memory_ttt_omni import memory_metadata
+from ttt_omni.streaming_ttt_omni import TextStream
 
 
 RATE = 16000
 SECONDS = [35, 65, 4, 40]  # of the recordings; the last one is the other question
 TOLERANCE = 1e-5
+HEARD = b"h"
 
 
 def command(model: Path, questions: list[str]) -> None:
-    """`chat` over `questions` in the working directory. Logs each piece that was heard."""
+    """`chat` over `questions` in the working directory. Logs each piece that was heard, each token, and each save."""
     log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    hear = chat.TTTOmniForCausalLM._hear
 
-    def logged(self, piece, memory):
-        hear(self, piece, memory)
-        os.write(log, f"{memory.input_ids.shape[1]}\n".encode())
+    def log_after(owner, name, event):
+        function = getattr(owner, name)
 
-    chat.TTTOmniForCausalLM._hear = logged
+        def logged(*arguments, **kwargs):
+            result = function(*arguments, **kwargs)
+            os.write(log, event)
+            return result
+
+        setattr(owner, name, logged)
+
+    log_after(chat.TTTOmniForCausalLM, "_hear", HEARD)
+    log_after(chat.TTTOmniForCausalLM, "save_memory", b"s")
+    log_after(TextStream, "push", b"t")
     chat.SAVE_SECONDS = 0
     cli.main(
         ["chat", f"--model={model}", *questions, "--memory=m.safetensors", "--output=answers", "--max-new-tokens=24"]
     )
 
 
-def run(folder: Path, model: Path, questions: list[str], kill_after: float | None = None) -> float:
-    """Runs the command, and kills it after so many seconds. Returns how long it took."""
+def run(folder: Path, model: Path, questions: list[str], kill_after: float | None = None) -> None:
+    """Runs the command, and kills it after so many events of its log, whose fraction is one of 50 ms."""
 
     def target():
         os.chdir(folder)
         command(model, questions)
 
     folder.mkdir(exist_ok=True)
-    start = time.monotonic()
     process = multiprocessing.get_context("fork").Process(target=target)
     process.start()
-    process.join(kill_after)
-    if process.exitcode is None:
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-    elif process.exitcode != 0:
+    if kill_after is not None:
+        while process.is_alive() and len(events(folder)) < int(kill_after):
+            time.sleep(0.0005)
+        process.join(0.05 * (kill_after % 1))
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    if process.exitcode not in (0, -signal.SIGKILL):
         sys.exit(f"The command failed: {(folder / 'output').read_text().splitlines()[-1]}")
-    return time.monotonic() - start
+
+
+def events(folder: Path) -> bytes:
+    log = folder / "log"
+    return log.read_bytes() if log.exists() else b""
 
 
 def difference(path: Path, expected: Path) -> float:
@@ -88,10 +104,6 @@ def difference(path: Path, expected: Path) -> float:
     if any(x.shape != y.shape or (not x.is_floating_point() and not torch.equal(x, y)) for x, y in pairs):
         return torch.inf
     return max(float((x - y).abs().max()) for x, y in pairs if x.is_floating_point() and x.numel())
-
-
-def heard(folder: Path) -> list[str]:
-    return (folder / "log").read_text().split() if (folder / "log").exists() else []
 
 
 def tokens(path: Path) -> int:
@@ -134,8 +146,8 @@ def measure(folder: Path, moments: list[float]) -> int:
         soundfile.write(questions[-1], 0.05 * noise, RATE)
     *questions, other = questions
 
-    duration = run(folder / "expected", model, questions)
-    expected, pieces = folder / "expected" / "m.safetensors", heard(folder / "expected")
+    run(folder / "expected", model, questions)
+    expected, all_events = folder / "expected" / "m.safetensors", events(folder / "expected")
     ends, expected_others = [], []
     for turns in range(len(questions) + 1):
         reference = folder / f"{turns} turns"
@@ -149,21 +161,21 @@ def measure(folder: Path, moments: list[float]) -> int:
     failures = 0
     for number, moment in enumerate(moments):
         killed, another = folder / f"killed {number}", folder / f"another {number}"
-        run(killed, model, questions, kill_after=moment * duration)
+        run(killed, model, questions, kill_after=moment * len(all_events))
         shutil.copytree(killed, another)
         unfinished, turns = state(killed / "m.safetensors"), ends.index(tokens(killed / "m.safetensors"))
         is_over = turns == len(questions)
         if not is_over:
             run(killed, model, questions)
         run(another, model, [other])
-        twice = len(heard(killed)) - len(pieces)
+        twice = events(killed).count(HEARD) - all_events.count(HEARD)
         same = difference(killed / "m.safetensors", expected)
         changed = difference(another / "m.safetensors", expected_others[turns])
         left = {name for name in os.listdir(killed) if not is_over} - {"m.safetensors", "answers", "log", "output"}
         is_good = same <= TOLERANCE and changed <= TOLERANCE and 0 <= twice <= 1 and not left
         failures += not is_good
         print(
-            f"{moment * duration:6.2f} s{turns:7}{unfinished:>16}{twice:7}{same:14.1e}{changed:10.1e}"
+            f"{moment * len(all_events):8.1f}{turns:7}{unfinished:>16}{twice:7}{same:14.1e}{changed:10.1e}"
             f"{'' if is_good else '  WRONG'}",
             flush=True,
         )

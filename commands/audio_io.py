@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from huggingface_hub.utils import httpx
 
 from ..files_ttt_omni import new_file
 from ..processing_ttt_omni import read_audio
@@ -52,11 +53,11 @@ def repeatable(recording: str) -> Iterator[str]:
                 with soundfile.SoundFile(copy, "w", MICROPHONE_RATE, 1, "FLOAT", format="RF64") as target:
                     for block in read_audio(recording, MICROPHONE_RATE):
                         target.write(block)
-            yield copy
-        except (OSError, ValueError) as error:
-            if copy not in str(error):
-                raise
-            raise ValueError(str(error).replace(copy, recording)) from error
+        except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
+            message = str(error).replace(copy, recording)
+            named = message if recording in message else f"{recording} cannot be read: {message}"
+            raise ValueError(named) from error
+        yield copy
 
 
 def check_output(path: str, grows: bool) -> None:
@@ -120,7 +121,9 @@ class SpeechFile:
             soundfile.SoundFile(file, "w", self.sampling_rate, 1, subtype, format="WAV").close()
             return file
         temporary = self.stack.enter_context(new_file(self.path))
-        return self.stack.enter_context(soundfile.SoundFile(temporary, "w", self.sampling_rate, 1, subtype))
+        return self.stack.enter_context(
+            soundfile.SoundFile(os.fsencode(temporary), "w", self.sampling_rate, 1, subtype)
+        )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 """`ttt-omni answer` and `ttt-omni chat`: spoken conversations on the command line."""
 
 import ctypes
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext, suppress
@@ -199,19 +200,14 @@ class Conversation:
         pieces = self._resume(question)
         if pieces is None:
             pieces = self._pieces(question, is_first=self.begins == 0)
-        heard = len(pieces.recordings) - 1
         saved = time.monotonic()
         for memory in self.model.listen(pieces, self.memory):
             self.memory = memory
-            heard = min(
-                heard + 1, len(pieces.recordings) - 1
-            )  # of a turn heard before, the last piece comes once more
-            self.recording = pieces.recordings[heard]
-            if self.file is not None and time.monotonic() - saved >= SAVE_SECONDS:
-                self._save_unfinished(heard, "listening")
+            if time.monotonic() - saved >= SAVE_SECONDS:
+                self._save_unfinished(pieces, "listening")
                 saved = time.monotonic()
-        if self.file is not None:
-            self._save_unfinished(heard, "answering")
+        self._save_unfinished(pieces, "answering")
+        self.recording = pieces.recordings[-1]
 
     def answer(self, max_new_tokens: int) -> Iterator[TTTOmniStreamEvent]:
         """Answers what was heard."""
@@ -244,7 +240,7 @@ class Conversation:
         pieces = self._pieces(question, is_first=turn.begins == 0)
         with suppress(ValueError):  # the prompt of another recording
             skip_pieces(pieces, self.memory.input_ids[:, turn.begins :])
-            if len(pieces.recordings) - 1 == turn.pieces and pieces.recordings[-1] == turn.recording:
+            if (len(pieces.recordings) - 1, pieces.recordings[-1]) == (turn.pieces, turn.recording):
                 progress(f"Going on with a question of which {turn.pieces} pieces were heard")
                 return pieces
         progress("Going back to the last completed turn, as this is another question than the unfinished one")
@@ -257,9 +253,12 @@ class Conversation:
         pieces = turn_pieces(self.processor, {"role": "user", "content": content}, is_first, self.skip_silence)
         return RecordedPieces(_show_progress(pieces, question))
 
-    def _save_unfinished(self, heard: int, state: str) -> None:
-        turn = UnfinishedTurn(self.begins, heard, self.recording, state)
-        self.file.save_unfinished(self.model, self.memory, turn)
+    def _save_unfinished(self, pieces: RecordedPieces, state: str) -> None:
+        if self.file is None:
+            return
+        # While the end of the last answer is heard, which comes before the turn, there is nothing of it yet.
+        heard, recording = pieces.heard(max(self.memory.input_ids.shape[1] - self.begins, 0))
+        self.file.save_unfinished(self.model, self.memory, UnfinishedTurn(self.begins, heard, recording, state))
 
 
 def _speak(events, path: Path | None, grows: bool, player: Player | None, sampling_rate: int) -> None:
@@ -291,7 +290,7 @@ def _locked_memory(memory: str | None):
 def _show_progress(pieces: Iterator[dict], question) -> Iterator[dict]:
     """The pieces of a turn, with a bar on stderr if the recording is a file of several windows."""
     try:
-        windows = -(-soundfile.info(question).duration // WINDOW_SECONDS)
+        windows = -(-soundfile.info(os.fsencode(question)).duration // WINDOW_SECONDS)
     except (soundfile.SoundFileError, TypeError):
         windows = 0  # samples, or a file of which it is said where it is read what is wrong
     with tqdm(total=windows, desc="Listening", unit="window", disable=windows < 2) as bar:

@@ -140,15 +140,14 @@ class ConversationFile:
 
 class RecordedPieces:
     """
-    Passes on the pieces of a prompt, and counts them.
-
-    `recordings[n]` is a digest of the windows among the first n pieces, of all that the model hears of a recording.
+    Passes on the pieces of a prompt, and remembers of all so far their number of tokens, and a digest of the windows
+    among them: of all that the model hears of a recording.
     """
 
     def __init__(self, pieces: Iterator[dict[str, torch.Tensor]]):
         self.pieces = pieces
         self.sha = hashlib.sha256()
-        self.recordings = [self.sha.hexdigest()]
+        self.lengths, self.recordings = [0], [self.sha.hexdigest()]  # of the first 0, 1, 2, … pieces
 
     def __iter__(self) -> "RecordedPieces":
         return self
@@ -157,8 +156,14 @@ class RecordedPieces:
         piece = next(self.pieces)
         if "input_features" in piece:
             self.sha.update(piece["input_features"].numpy().tobytes())
+        self.lengths.append(self.lengths[-1] + piece["input_ids"].shape[1])
         self.recordings.append(self.sha.hexdigest())
         return piece
+
+    def heard(self, num_tokens: int) -> tuple[int, str]:
+        """How many pieces the first tokens are, and the digest of the windows among them."""
+        pieces = self.lengths.index(num_tokens)
+        return pieces, self.recordings[pieces]
 
 
 @contextmanager
