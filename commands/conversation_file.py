@@ -95,7 +95,9 @@ class ConversationFile:
     def command(self) -> UnfinishedCommand:
         """That in which the last turn was completed."""
         metadata = memory_metadata(self.path) if self.path.exists() else {}
-        return UnfinishedCommand(**json.loads(metadata.get("command", "{}")))
+        with _readable(self.path):
+            command = json.loads(metadata.get("command", "{}"))
+            return UnfinishedCommand(int(command.get("questions", 1)), list(command.get("answered", [])))
 
     def save(self, model: TTTOmniForCausalLM, memory: TTTOmniMemory, command: UnfinishedCommand) -> None:
         """Save a completed turn."""
@@ -111,9 +113,9 @@ class ConversationFile:
         metadata = memory_metadata(self.unfinished)
         if metadata.pop("follows", None) != self.content:
             return None
-        return UnfinishedTurn(
-            int(metadata["begins"]), int(metadata["pieces"]), metadata["recording"], metadata["turn"]
-        )
+        with _readable(self.unfinished):
+            begins, pieces = int(metadata["begins"]), int(metadata["pieces"])
+            return UnfinishedTurn(begins, pieces, metadata["recording"], metadata["turn"])
 
     def load_unfinished(self, model: TTTOmniForCausalLM) -> TTTOmniMemory:
         """The conversation with what was heard of the unfinished turn."""
@@ -136,6 +138,15 @@ class ConversationFile:
             return ""
         with open(self.path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns what unexpected metadata lead to into one line."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: it does not say what is in it ({error!r}).") from error
 
 
 class RecordedPieces:
@@ -176,28 +187,28 @@ def locked(path: str | os.PathLike) -> Iterator[None]:
     """
     path = Path(path).resolve()
     lock = path.with_name(f".{path.name}.lock")
-    descriptor = None
+    descriptor = _acquire(lock, path)
     try:
-        while descriptor is None or not _is_file(descriptor, lock):  # until none that its last holder removed
-            if descriptor is not None:
-                os.close(descriptor)
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-                descriptor = None
-                raise ValueError(
-                    f"Another command is using {path}: wait for its end, or choose another name."
-                ) from None
-            except (OSError, AttributeError):  # neither the file system nor the system has any
-                break
         yield
     finally:
-        if descriptor is not None:
-            with suppress(OSError):
-                os.unlink(lock)
+        with suppress(OSError):
+            os.unlink(lock)
+        os.close(descriptor)
+
+
+def _acquire(lock: Path, path: Path) -> int:
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             os.close(descriptor)
+            raise ValueError(f"Another command is using {path}: wait for its end, or choose another name.") from None
+        except (OSError, AttributeError):  # neither the file system nor the system has any
+            return descriptor
+        if _is_file(descriptor, lock):
+            return descriptor
+        os.close(descriptor)  # its last holder has removed it meanwhile
 
 
 def _is_file(descriptor: int, path: Path) -> bool:
