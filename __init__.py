@@ -12,7 +12,6 @@ from .configuration_ttt_omni import (
 from .modeling_ttt_omni import TTTOmniForCausalLM, TTTOmniModel
 from .ops_ttt_omni import TTTLinearState, TTTMLPState, ttt_linear, ttt_mlp, use_kernels
 from .processing_ttt_omni import TTTOmniProcessor
-from .streaming_ttt_omni import turn_pieces
 
 
 __version__ = "0.1.0"
@@ -51,6 +50,5 @@ __all__ = [
     "ttt_linear",
     "ttt_lora_config",
     "ttt_mlp",
-    "turn_pieces",
     "use_kernels",
 ]

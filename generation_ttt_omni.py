@@ -1,24 +1,17 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 """Generation of text and speech."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoTokenizer, Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
-from transformers.utils import ModelOutput, logging
+from transformers import AutoTokenizer, Cache, GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .cache_ttt_omni import add_ttt_layers
 from .configuration_ttt_omni import audio_embedding_lengths
-from .memory_ttt_omni import TTTOmniMemory
 from .streaming_ttt_omni import SpeechStream, TextStream, TTTOmniStreamEvent
-
-
-logger = logging.get_logger(__name__)
-
-FULL_ATTENTION = {"full_attention", "hybrid"}
-TOKENS_PER_STEP = 60  # of a long prompt; a mask of so many rows over hours of speech is still small
 
 
 @dataclass
@@ -100,59 +93,6 @@ class TTTOmniGenerationMixin(GenerationMixin):
         waveform = [self.vocoder(row) for row in units] if self.config.vocoder_config is not None else None
         fields = {name: value for name, value in outputs.items() if name in TTTOmniGenerateOutput.__annotations__}
         return TTTOmniGenerateOutput(units=units, waveform=waveform, **fields)
-
-    @torch.no_grad()
-    def listen(
-        self, pieces: Iterable[dict[str, torch.Tensor]], memory: TTTOmniMemory | None = None
-    ) -> Iterator[TTTOmniMemory]:
-        """
-        Hear a prompt of any length piece by piece, straight into the cache, so that only one piece is in memory.
-
-        After the last piece, `generate(**vars(memory))` or `stream(**vars(memory))` answers. A memory can be saved
-        after any piece, and `skip_pieces` finds the place in the prompt from which to go on.
-
-        Args:
-            pieces: model inputs of one row, each with `input_ids` `[1, n]` and maybe `input_features`, as
-                [`turn_pieces`] yields them.
-            memory: of the conversation so far, which goes on in place.
-
-        Yields:
-            The memory of all pieces so far, after each; of the last, which must be text, only the tokens, as its
-            last state is what `generate` begins with.
-
-        Raises:
-            ValueError: if there are no pieces, or the last one is not text.
-        """
-        if memory is None:
-            memory = TTTOmniMemory(DynamicCache(config=self.config), torch.empty(1, 0, dtype=torch.long))
-        cache = memory.cache
-        last = {"input_ids": memory.input_ids[:, cache.get_seq_length() :]}
-        memory.input_ids = memory.input_ids[:, : cache.get_seq_length()]
-        for piece in pieces:
-            if last["input_ids"].shape[1] > 0:
-                self._hear(last, memory)
-                yield memory
-            last = piece
-        if last["input_ids"].shape[1] == 0 or "input_features" in last:
-            raise ValueError("The last piece of a prompt must be text, for an answer to begin with.")
-        self._remember(last["input_ids"], memory)
-        yield memory
-
-    def _hear(self, piece, memory):
-        embeds = self.model.embed(**{name: self._to_device(x) for name, x in piece.items()})
-        for step in embeds.split(TOKENS_PER_STEP, dim=1):
-            self.model(inputs_embeds=step, cache=memory.cache, use_cache=True)
-        self._remember(piece["input_ids"], memory)
-
-    def _remember(self, input_ids, memory):
-        memory.input_ids = torch.cat([memory.input_ids, input_ids.to(memory.input_ids.device)], dim=1)
-        memory.attention_mask = torch.ones_like(memory.input_ids)
-        config = self.config.get_text_config()
-        if memory.input_ids.shape[1] > config.max_position_embeddings and set(config.layer_types) & FULL_ATTENTION:
-            logger.warning_once(
-                f"The conversation is longer than the {config.max_position_embeddings} tokens that this model's full "
-                "attention was made for (`max_position_embeddings`)."
-            )
 
     def stream(
         self,
@@ -269,10 +209,6 @@ class TTTOmniGenerationMixin(GenerationMixin):
         for config in (generation_config, self.generation_config):
             eos = getattr(config, "eos_token_id", None) if eos is None else eos
         return _as_set(eos)
-
-    def _to_device(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` where this model is; where its weights are offloaded, their hooks move it."""
-        return x if self.device.type == "meta" else x.to(self.device)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)

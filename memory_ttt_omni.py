@@ -1,10 +1,11 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
-"""Conversations on disk: the cache of a model as a safetensors file."""
+"""Conversations: listened to piece by piece, into the cache of a model, and on disk, as a safetensors file."""
 
 import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from accelerate.utils import align_module_device
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import Cache, DynamicCache
+from transformers.utils import logging
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .cache_ttt_omni import LAYER_CLASSES, add_ttt_layers
@@ -20,6 +22,8 @@ from .configuration_ttt_omni import SLIDING_LAYER_TYPES, TTT_LAYER_TYPES
 from .files_ttt_omni import new_file
 from .ops_ttt_omni import with_pending_rows
 
+
+logger = logging.get_logger(__name__)
 
 FORMAT = "ttt_omni_memory"
 VERSION = "2"
@@ -29,6 +33,7 @@ FIELDS = {
     "2": {"format", "version", "fingerprint", "length", "metadata"},
 }
 SAMPLES_PER_PARAMETER = 64
+TOKENS_PER_STEP = 60  # of a long prompt; a mask of so many rows over hours of speech is still small
 WEIGHTS = "weights"  # the tensor of samples, by which a memory knows its model
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A weight differs by less between a checkpoint in float32 and what float16 or bfloat16 make of it.
@@ -78,7 +83,7 @@ class TTTOmniMemory:
 
 
 class TTTOmniMemoryMixin:
-    """Saving and loading of conversations."""
+    """Listening to, saving and loading of conversations."""
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def save_memory(
@@ -166,6 +171,66 @@ class TTTOmniMemoryMixin:
             found |= {name: found[name].to(norm.weight.dtype) for name in ("keys", "values") if name in found}
             layer.load(found, *lengths)
         return TTTOmniMemory(cache, tensors.get("input_ids"), tensors.get("attention_mask"))
+
+    @torch.no_grad()
+    def listen(
+        self, pieces: Iterable[dict[str, torch.Tensor]], memory: TTTOmniMemory | None = None
+    ) -> Iterator[TTTOmniMemory]:
+        """
+        Hear a prompt of any length piece by piece, straight into the cache, so that only one piece is in memory.
+
+        After the last piece, `generate(**vars(memory))` or `stream(**vars(memory))` answers. A memory can be saved
+        after any piece, and `skip_pieces` finds the place in the prompt from which to go on.
+
+        Args:
+            pieces: model inputs of one row, each with `input_ids` `[1, n]` and maybe `input_features`, as
+                `processor.turn_pieces` yields them.
+            memory: of the conversation so far, which goes on in place.
+
+        Yields:
+            The memory of all pieces so far, after each; of the last, which must be text, only the tokens, as its
+            last state is what `generate` begins with.
+
+        Raises:
+            ValueError: if there are no pieces, or the last one is not text.
+        """
+        if memory is None:
+            memory = TTTOmniMemory(DynamicCache(config=self.config), torch.empty(1, 0, dtype=torch.long))
+        cache = memory.cache
+        add_ttt_layers(cache, self.config.get_text_config())
+        last = {"input_ids": memory.input_ids[:, cache.get_seq_length() :]}
+        memory.input_ids = memory.input_ids[:, : cache.get_seq_length()]
+        for piece in pieces:
+            if last["input_ids"].shape[1] > 0:
+                self._hear(last, memory)
+                yield memory
+            last = piece
+        if last["input_ids"].shape[1] == 0 or "input_features" in last:
+            raise ValueError("The last piece of a prompt must be text, for an answer to begin with.")
+        self._remember(last["input_ids"], memory)
+        yield memory
+
+    def _hear(self, piece, memory):
+        embeds = self.model.embed(**{name: self._to_device(x) for name, x in piece.items()})
+        for step in embeds.split(TOKENS_PER_STEP, dim=1):
+            self.model(inputs_embeds=step, cache=memory.cache, use_cache=True)
+        self._remember(piece["input_ids"], memory)
+
+    def _remember(self, input_ids, memory):
+        memory.input_ids = torch.cat([memory.input_ids, input_ids.to(memory.input_ids.device)], dim=1)
+        memory.attention_mask = torch.ones_like(memory.input_ids)
+        config = self.config.get_text_config()
+        if memory.input_ids.shape[1] > config.max_position_embeddings and {"full_attention", "hybrid"} & set(
+            config.layer_types
+        ):
+            logger.warning_once(
+                f"The conversation is longer than the {config.max_position_embeddings} tokens that this model's full "
+                "attention was made for (`max_position_embeddings`)."
+            )
+
+    def _to_device(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` where this model is; where its weights are offloaded, their hooks move it."""
+        return x if self.device.type == "meta" else x.to(self.device)
 
     def _require_all_heads(self) -> None:
         if (self.tp_size or 1) > 1:
@@ -268,6 +333,25 @@ class TTTOmniMemoryMixin:
                 sample = parameter.detach().flatten()[::step].to("cpu", torch.bfloat16)
                 digest.update(sample.view(torch.int16).numpy().tobytes())
         return digest.hexdigest()
+
+
+def skip_pieces(
+    pieces: Iterator[dict[str, torch.Tensor]], heard: torch.LongTensor
+) -> Iterator[dict[str, torch.Tensor]]:
+    """
+    The `pieces` after those whose tokens `heard` `[1, n]` are.
+
+    Raises:
+        ValueError: if the pieces do not begin with these tokens.
+    """
+    while heard.shape[1] > 0:
+        input_ids = next(pieces, {}).get("input_ids", heard[:, :0])  # [1, n]
+        if input_ids.shape[1] == 0 or not torch.equal(input_ids, heard[:, : input_ids.shape[1]]):
+            raise ValueError(
+                "The memory was saved in the middle of another prompt than this: finish that one first, or begin anew."
+            )
+        heard = heard[:, input_ids.shape[1] :]
+    return pieces
 
 
 def memory_metadata(path: str | os.PathLike) -> dict[str, str]:

@@ -254,6 +254,11 @@ class TTTOmniProcessor(ProcessorMixin):
                     if not skip_silence or window["input_features"].max() > SILENCE:
                         yield window
 
+    @property
+    def answer_end_id(self) -> int:
+        """The token with which the chat template ends an answer."""
+        return self._continuation_ids({"role": "user", "content": "?"})[0]
+
     def _prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:
         """The prompt for an answer to a conversation, with one placeholder per audio."""
         return self.tokenizer.apply_chat_template(

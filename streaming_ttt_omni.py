@@ -1,80 +1,10 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
-"""
-Streams in and out: prompts of any length piece by piece, and speech while it is generated, token by token.
-"""
+"""Speech and text while they are generated, token by token."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-
-
-SILENCE = 0.0  # in Whisper's scale of mel bins, what a sine of -65 dBFS reaches
-
-
-def turn_pieces(
-    processor: ProcessorMixin, message: dict, is_first: bool = True, skip_silence: bool = False, device: str = "cpu"
-) -> Iterator[dict[str, torch.Tensor]]:
-    """
-    The prompt for an answer to `message`, piece by piece for `model.listen`: text, and windows of 30 s that are made
-    while the audio is read. Joined, the pieces are what `processor.apply_chat_template` makes of `[message]`.
-
-    Args:
-        processor: a [`TTTOmniProcessor`].
-        message: the user's, as in `apply_chat_template`.
-        is_first: whether the conversation begins here, rather than goes on.
-        skip_silence: whether to leave out windows in which nothing is louder than about -65 dBFS.
-        device: where to compute spectrograms.
-
-    Yields:
-        `input_ids` `[1, n]`, and for a window `input_features` `[1, n_mels, 3000]`. The last piece is text.
-
-    Raises:
-        FileNotFoundError, TypeError, ValueError: as the processor does, once the audio's turn comes.
-    """
-
-    def text_piece(text):
-        return processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-
-    no_system = {"role": "system", "content": ""}
-    turn = processor.apply_chat_template([no_system, message], add_generation_prompt=True)
-    while turn.startswith(bos := processor.tokenizer.bos_token):
-        turn = turn.removeprefix(bos)
-    if is_first:
-        beginning = processor.apply_chat_template([message], add_generation_prompt=True).removesuffix(turn)
-        yield {"input_ids": text_piece(beginning)}
-    texts = turn.split(processor.audio_token)
-    items = [] if isinstance(message["content"], str) else message["content"]
-    audios = [item for item in items if item["type"] == "audio"]
-    if len(texts) != len(audios) + 1:
-        raise ValueError(f"The message's text holds {processor.audio_token}, which stands for audio.")
-    for text, item in zip(texts, audios):
-        yield {"input_ids": text_piece(text)}
-        audio = next(item[key] for key in ("audio", "path", "url") if item.get(key) is not None)
-        for window in processor.iter_audio_windows(audio, item.get("sampling_rate"), device=device):
-            if not skip_silence or window["input_features"].max() > SILENCE:
-                yield window
-    yield {"input_ids": text_piece(texts[-1])}
-
-
-def skip_pieces(
-    pieces: Iterator[dict[str, torch.Tensor]], heard: torch.LongTensor
-) -> Iterator[dict[str, torch.Tensor]]:
-    """
-    The `pieces` after those whose tokens `heard` `[1, n]` are.
-
-    Raises:
-        ValueError: if the pieces do not begin with these tokens.
-    """
-    while heard.shape[1] > 0:
-        input_ids = next(pieces, {}).get("input_ids", heard[:, :0])  # [1, n]
-        if input_ids.shape[1] == 0 or not torch.equal(input_ids, heard[:, : input_ids.shape[1]]):
-            raise ValueError(
-                "The memory was saved in the middle of another prompt than this: finish that one first, or begin anew."
-            )
-        heard = heard[:, input_ids.shape[1] :]
-    return pieces
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -201,4 +131,4 @@ def check_speaks(model: PreTrainedModel) -> None:
             raise ValueError(f"This model has no {name} (`{field}` is None): it cannot speak.")
 
 
-__all__ = ["TTTOmniStreamEvent", "skip_pieces", "turn_pieces"]
+__all__ = ["TTTOmniStreamEvent"]

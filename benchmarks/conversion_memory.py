@@ -27,7 +27,7 @@ NUM_SHARDS = 4
 GB = 10**9
 CONVERT = """
 import re, sys
-from ttt_omni.conversion.cli import main
+from ttt_omni.commands.cli import main
 
 def print_peak():
     print(1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]))

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 
 import ttt_omni
 from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM, TTTOmniTextConfig
-from ttt_omni.conversion.cli import main
+from ttt_omni.commands.cli import main
 from ttt_omni.training import calibrate
 
 

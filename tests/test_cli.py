@@ -1,18 +1,24 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+import functools
+import http.server
+import io
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoProcessor
 
-from ttt_omni.conversion.cli import main
+from ttt_omni.commands.chat import INSTRUCTION
+from ttt_omni.commands.cli import main
 
 
 QUESTION = Path(__file__).parent.parent / "examples" / "question.wav"
@@ -97,6 +103,131 @@ def test_bad_models_and_outputs(tiny_model_dir, tmp_path, capsys):
     os.truncate(damaged / "model.safetensors", 100_000)
     fails("", damaged)
     assert os.listdir(tmp_path) == ["damaged"]
+
+
+def test_options_out_of_range(tiny_model_dir, tmp_path, capsys):
+    answer = ["answer", "--model", tiny_model_dir, QUESTION, "--output", tmp_path / "a.wav"]
+    for number in (-1, 0, 131073, 10**30):
+        assert_fails(capsys, "`max_new_tokens` must be from 1 to the 131072", *answer, "--max-new-tokens", number)
+    devices = ["abacus", "meta", *["cuda"] * (not torch.cuda.is_available())]
+    for device in devices:
+        assert_fails(capsys, f"The device '{device}' cannot be used", *answer, "--device", device)
+
+
+def test_models_that_cannot_converse(tiny_model_dir, tmp_path, capsys):
+    """It is said before the weights are read: there are none."""
+    config = json.loads((tiny_model_dir / "config.json").read_text())
+    for field, ability in {
+        "audio_config": "hear",
+        "speech_decoder_config": "speak",
+        "vocoder_config": "speak",
+    }.items():
+        (tmp_path / "config.json").write_text(json.dumps(config | {field: None}))
+        for command in (["answer", "--output", tmp_path / "a.wav"], ["chat"]):
+            assert_fails(
+                capsys, f"cannot {ability}: its config.json has no `{field}`", *command, "--model", tmp_path, QUESTION
+            )
+
+
+def test_a_model_of_ttt_alone(tiny_model_dir, tmp_path, capsys):
+    source = tiny_model_dir / "llama-omni"
+    parts = ["--whisper", source / "whisper.pt", "--vocoder", source / "vocoder.pt"]
+    layers = ["--vocoder-config", source / "vocoder_config.json", "--mode=replace", "--layers=0-3", "--dtype=float32"]
+    assert run(capsys, "convert", "--source", source, *parts, "--output", tmp_path / "model", *layers)[0] == 0
+    arguments = ["--output", tmp_path / "a.wav", "--max-new-tokens", 4]
+    status, text, _ = run(capsys, "answer", "--model", tmp_path / "model", QUESTION, *arguments)
+    assert status == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    content = [{"type": "audio", "audio": str(QUESTION)}, {"type": "text", "text": INSTRUCTION}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    expected = model.generate(**inputs, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
+    assert text == processor.tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+
+
+def test_formats(tiny_model_dir, tmp_path, capsys):
+    answer = ["answer", "--model", tiny_model_dir, QUESTION, "--max-new-tokens", 3, "--output"]
+    for name in ("a.wav", "a.FLAC", "a.ogg", os.fsdecode(b"caf\xe9.wav")):
+        assert run(capsys, *answer, tmp_path / name)[0] == 0
+    kinds = {"a.wav": ("WAV", "PCM_16"), "a.FLAC": ("FLAC", "PCM_16"), "a.ogg": ("OGG", "VORBIS")}
+    infos = {name: soundfile.info(tmp_path / name) for name in kinds}
+    assert {name: (info.format, info.subtype) for name, info in infos.items()} == kinds
+    assert len({info.frames for info in infos.values()}) == 1
+    wav, flac = (soundfile.read(tmp_path / name, dtype="int16")[0] for name in ("a.wav", "a.FLAC"))
+    np.testing.assert_array_equal(wav, flac)
+    assert (tmp_path / os.fsdecode(b"caf\xe9.wav")).read_bytes() == (tmp_path / "a.wav").read_bytes()
+    assert len(os.listdir(tmp_path)) == 4
+
+    assert_fails(capsys, "does not end with .wav, .flac, .ogg", *answer, tmp_path / "a.txt")
+    assert_fails(capsys, "`--stream` writes .wav", *answer, tmp_path / "b.flac", "--stream")
+    (tmp_path / "c.wav").mkdir()
+    assert_fails(capsys, "is a folder", *answer, tmp_path / "c.wav")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")
+def test_recordings_that_can_be_read_only_once(tiny_model_dir, tmp_path, capsys):
+    def pipe(content):
+        os.mkfifo(tmp_path / "pipe")
+        threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,)).start()
+        return tmp_path / "pipe"
+
+    answer = ["answer", "--model", tiny_model_dir, "--max-new-tokens", 3, "--output", tmp_path / "a.wav"]
+    expected = run(capsys, *answer, QUESTION)[:2]
+    assert run(capsys, *answer, pipe(QUESTION.read_bytes()))[:2] == expected
+    (tmp_path / "pipe").unlink()
+    assert_fails(capsys, f"{tmp_path / 'pipe'} cannot be read as audio", *answer, pipe(b"Is this a question?"))
+
+
+def test_recordings_on_the_web(tiny_model_dir, tmp_path, capsys):
+    (tmp_path / "page.wav").write_text("<!DOCTYPE html><html>404</html>")
+    shutil.copy(QUESTION, tmp_path / "question.wav")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        requests = []
+
+        def log_message(self, *_):
+            self.requests.append(self.path)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    answer = ["answer", "--model", tiny_model_dir, "--max-new-tokens", 3, "--output", tmp_path / "a.wav"]
+    try:
+        assert run(capsys, *answer, f"{url}/question.wav")[:2] == run(capsys, *answer, QUESTION)[:2]
+        assert Handler.requests == ["/question.wav"]  # once
+        for name in ("missing.wav", "page.wav"):
+            assert_fails(capsys, f"{url}/{name}", *answer, f"{url}/{name}")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert_fails(capsys, f"{url}/question.wav", *answer, f"{url}/question.wav")  # nobody is there
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_that_lacks_a_character(encoding, tiny_model_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ttt_omni.streaming_ttt_omni.TextStream.push", lambda *_: "\u4f60e")
+    terminal = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(terminal, encoding=encoding))
+    arguments = ["answer", "--model", str(tiny_model_dir), str(QUESTION), "--output", str(tmp_path / "a.wav")]
+    main([*arguments, "--max-new-tokens=3"])
+    assert terminal.getvalue().startswith(b"?e?e?e")
+    assert soundfile.info(tmp_path / "a.wav").frames > 0
+
+
+def test_nobody_reads_the_output(tiny_model_dir, tmp_path):
+    arguments = ["answer", "--model", tiny_model_dir, QUESTION, "--output=a.wav", "--max-new-tokens=5"]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "ttt_omni", *arguments]
+    assert subprocess.run(command, cwd=tmp_path, stdout=write_end, stderr=write_end).returncode == 0
+    os.close(write_end)
+    assert os.listdir(tmp_path) == ["a.wav"] and soundfile.info(tmp_path / "a.wav").frames > 0
 
 
 def test_a_model_that_says_nothing(tiny_model_dir, tmp_path, capsys):

@@ -29,8 +29,8 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, repeat_kv
 
 from ttt_omni import TTTOmniForCausalLM
+from ttt_omni.commands.cli import main
 from ttt_omni.conversion import ConversionError, convert_llama_omni, tiny
-from ttt_omni.conversion.cli import main
 from ttt_omni.conversion.graft import select_layers
 from ttt_omni.conversion.llama_omni import plan_conversion
 from ttt_omni.streaming_ttt_omni import UnitStream
@@ -846,7 +846,8 @@ def test_a_failure_while_writing_leaves_nothing(goldens, parts, tmp_path, monkey
 
 INTERRUPTED = """
 import sys, time
-from ttt_omni.conversion import cli, llama_omni
+from ttt_omni.commands import cli
+from ttt_omni.conversion import llama_omni
 
 def write(folder, *_):
     (folder / "model.safetensors").write_bytes(b"half")

@@ -10,7 +10,7 @@ import soundfile
 import torch
 
 from ttt_omni import TTTOmniForCausalLM, TTTOmniProcessor
-from ttt_omni.streaming_ttt_omni import skip_pieces, turn_pieces
+from ttt_omni.memory_ttt_omni import skip_pieces
 
 
 RATE = 16000
@@ -64,7 +64,7 @@ def answer(model, memory) -> tuple[list[int], torch.Tensor]:
 
 def test_pieces_are_the_prompt(processor, recording):
     inputs = whole(processor, [message(recording)])
-    pieces = list(turn_pieces(processor, message(recording)))
+    pieces = list(processor.turn_pieces(message(recording)))
     assert torch.equal(torch.cat([piece["input_ids"] for piece in pieces], dim=1), inputs["input_ids"])
     assert torch.equal(
         torch.cat([piece["input_features"] for piece in pieces if "input_features" in piece]), inputs["input_features"]
@@ -75,7 +75,7 @@ def test_pieces_are_the_prompt(processor, recording):
 
 @pytest.mark.parametrize("content", ["Hello", [{"type": "text", "text": "Hello"}]])
 def test_pieces_of_text(processor, content):
-    pieces = list(turn_pieces(processor, {"role": "user", "content": content}))
+    pieces = list(processor.turn_pieces({"role": "user", "content": content}))
     inputs = whole(processor, [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}])
     assert torch.equal(torch.cat([piece["input_ids"] for piece in pieces], dim=1), inputs["input_ids"])
 
@@ -87,7 +87,7 @@ def test_pieces_of_several_recordings(processor):
         + [{"type": "text", "text": "Compare"}],
     }
     inputs = whole(processor, [several])
-    pieces = list(turn_pieces(processor, several))
+    pieces = list(processor.turn_pieces(several))
     assert torch.equal(torch.cat([piece["input_ids"] for piece in pieces], dim=1), inputs["input_ids"])
     assert len([piece for piece in pieces if "input_features" in piece]) == len(inputs["input_features"]) == 4
 
@@ -95,7 +95,7 @@ def test_pieces_of_several_recordings(processor):
 def test_heard_in_pieces(model, processor, recording):
     inputs = whole(processor, [message(recording)])
     expected = model.generate(**inputs, **GREEDY, return_audio=True)
-    memory = listen(model, turn_pieces(processor, message(recording)))
+    memory = listen(model, processor.turn_pieces(message(recording)))
     assert torch.equal(memory.input_ids, inputs["input_ids"])
     tokens, waveform = answer(model, memory)
     assert tokens == expected.sequences[0, inputs["input_ids"].shape[1] :].tolist()
@@ -107,40 +107,40 @@ def test_a_file_is_read_as_it_is_heard(model, processor, recording, monkeypatch)
     read = soundfile.SoundFile.read
     monkeypatch.setattr(soundfile.SoundFile, "read", lambda *args, **kwargs: blocks.append(1) or read(*args, **kwargs))
     ahead = []
-    for memory in model.listen(turn_pieces(processor, message(recording))):
+    for memory in model.listen(processor.turn_pieces(message(recording))):
         windows = int(memory.input_ids.eq(processor.audio_token_id).sum()) // 300
         ahead.append(len(blocks) - windows)
     assert max(ahead) <= 2 and len(blocks) == 4
 
 
 def test_interrupted_and_resumed(model, processor, recording, tmp_path):
-    expected = answer(model, listen(model, turn_pieces(processor, message(recording))))
+    expected = answer(model, listen(model, processor.turn_pieces(message(recording))))
     for stop in (0, 3, 5):
-        listening = model.listen(turn_pieces(processor, message(recording)))
+        listening = model.listen(processor.turn_pieces(message(recording)))
         memory = deque(islice(listening, stop + 1), maxlen=1).pop()
         path = tmp_path / f"{stop}.safetensors"
         model.save_memory(path, memory.cache, memory.input_ids)
         loaded = model.load_memory(path)
-        rest = skip_pieces(turn_pieces(processor, message(recording)), loaded.input_ids)
+        rest = skip_pieces(processor.turn_pieces(message(recording)), loaded.input_ids)
         tokens, waveform = answer(model, listen(model, rest, loaded))
         assert tokens == expected[0]
         torch.testing.assert_close(waveform, expected[1], rtol=0, atol=1e-5)
 
 
 def test_another_recording_does_not_resume(model, processor):
-    memory = listen(model, turn_pieces(processor, message((sound(40), RATE))))
+    memory = listen(model, processor.turn_pieces(message((sound(40), RATE))))
     with pytest.raises(ValueError, match="in the middle of another prompt"):
-        skip_pieces(turn_pieces(processor, message((sound(10), RATE))), memory.input_ids)
+        skip_pieces(processor.turn_pieces(message((sound(10), RATE))), memory.input_ids)
 
 
 def test_second_turn(model, processor):
     """A question to a conversation whose answer was left unfinished by one token, as `generate` does."""
     first, second = message((sound(5), RATE)), message((sound(35, seed=1), RATE))
-    memory = listen(model, turn_pieces(processor, first))
+    memory = listen(model, processor.turn_pieces(first))
     tokens, _ = answer(model, memory)
     end = processor.tokenizer.convert_tokens_to_ids("<|eot_id|>")
     memory.input_ids = torch.cat([memory.input_ids, torch.tensor([[*tokens, end]])], dim=1)
-    memory = listen(model, turn_pieces(processor, second, is_first=False), memory)
+    memory = listen(model, processor.turn_pieces(second, memory.input_ids), memory)
 
     features = [whole(processor, [turn])["input_features"] for turn in (first, second)]
     expected = model.generate(memory.input_ids, input_features=torch.cat(features), **GREEDY)
@@ -156,8 +156,8 @@ def test_second_turn(model, processor):
 def test_silence_is_skipped(processor):
     quiet = np.concatenate([sound(30), np.zeros(60 * RATE, np.float32), 1e-4 * sound(30), sound(20)])
     audio = message((quiet, RATE))
-    assert len([p for p in turn_pieces(processor, audio) if "input_features" in p]) == 5
-    kept = [p["input_features"] for p in turn_pieces(processor, audio, skip_silence=True) if "input_features" in p]
+    assert len([p for p in processor.turn_pieces(audio) if "input_features" in p]) == 5
+    kept = [p["input_features"] for p in processor.turn_pieces(audio, skip_silence=True) if "input_features" in p]
     assert len(kept) == 2
     everything = whole(processor, [audio])["input_features"]
     assert torch.equal(torch.cat(kept), everything[[0, 4]])
@@ -169,5 +169,5 @@ def test_refusals(model, processor):
     windows = processor.iter_audio_windows((sound(5), RATE))
     with pytest.raises(ValueError, match="last piece of a prompt must be text"):
         list(model.listen(windows))
-    with pytest.raises(ValueError, match="stands for audio"):
-        list(turn_pieces(processor, {"role": "user", "content": f"Say {processor.audio_token}"}))
+    (piece,) = processor.turn_pieces({"role": "user", "content": f"Say {processor.audio_token}"})
+    assert processor.audio_token_id not in piece["input_ids"]  # what a user writes stays text

@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoProcessor, DynamicCache
 
-from ttt_omni import turn_pieces
 from ttt_omni.training import calibrate
 
 
@@ -84,7 +83,7 @@ def test_stream(offloaded, inputs, answer):
 
 
 def test_listen(offloaded, processor, answer):
-    *_, memory = offloaded.listen(turn_pieces(processor, MESSAGE))
+    *_, memory = offloaded.listen(processor.turn_pieces(MESSAGE))
     assert torch.equal(offloaded.generate(**vars(memory), **GREEDY), answer.sequences)
 
 

@@ -119,10 +119,11 @@ def test_the_wheel(tmp_path):
     assert {name for name in names if name.startswith("ttt_omni/") and name.count("/") == 1} == {
         "ttt_omni/__init__.py",
         "ttt_omni/__main__.py",
+        "ttt_omni/checkpoint.py",
         "ttt_omni/model_card.md",
         *(f"ttt_omni/{name}" for name in FLAT_FILES),
     }
-    assert {"ttt_omni/conversion/cli.py", "ttt_omni/training/__init__.py", "ttt_kernels/__init__.py"} <= set(names)
+    assert {"ttt_omni/commands/cli.py", "ttt_omni/training/__init__.py", "ttt_kernels/__init__.py"} <= set(names)
     assert not any("tests" in name for name in names)
 
 

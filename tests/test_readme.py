@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 
-from ttt_omni.conversion.cli import _parser, main
+from ttt_omni.commands.cli import _parser, main
 
 
 ROOT = Path(__file__).parent.parent

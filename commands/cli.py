@@ -6,27 +6,43 @@ import signal
 import sys
 
 from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
 
+from ..conversion.graft import LAYER_TYPES
+from ..conversion.llama_omni import DTYPES, convert_llama_omni
+from ..conversion.tiny import make_tiny
 from ..training.calibration import calibrate_folder
 from .chat import answer_question, chat
-from .graft import LAYER_TYPES
-from .llama_omni import DTYPES, convert_llama_omni
-from .tiny import make_tiny
+from .terminal import forgiving_terminal
+
+
+# What the libraries raise for what a user can get wrong.
+BAD_INPUT = (
+    ValueError,
+    OSError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+    StrictDataclassError,
+    httpx.HTTPError,
+    httpx.InvalidURL,
+)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs a command. Exits with one line on stderr and 1 for bad input, 2 for bad usage, or 130 for Ctrl-C."""
-    arguments = vars(_parser().parse_args(argv))
-    command = arguments.pop("command")
-    for number in (signal.SIGINT, signal.SIGTERM):  # the former may be ignored where a script started us
-        signal.signal(number, signal.default_int_handler)
-    try:
-        command(**arguments)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    except (ValueError, OSError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        _fail(" ".join(str(error).split()), 1)
+    with forgiving_terminal():
+        arguments = vars(_parser().parse_args(argv))
+        command = arguments.pop("command")
+        for number in (signal.SIGINT, signal.SIGTERM):  # the former may be ignored where a script started us
+            signal.signal(number, signal.default_int_handler)
+        try:
+            command(**arguments)
+        except KeyboardInterrupt:
+            _fail("interrupted", 130)
+        except BAD_INPUT as error:
+            _fail(" ".join(str(error).split()) or type(error).__name__, 1)
 
 
 def _fail(message: str, status: int) -> None:
@@ -81,9 +97,15 @@ def _parser() -> argparse.ArgumentParser:
     answer = commands.add_parser("answer", help="answer a spoken question in speech")
     answer.set_defaults(command=answer_question)
     answer.add_argument("--model", required=True, metavar="DIR_OR_REPO", help="folder, or repository on the Hub")
-    answer.add_argument("question", metavar="QUESTION.wav", help="recording of any length, WAV, FLAC, OGG or MP3")
-    answer.add_argument("--output", required=True, metavar="ANSWER.wav", help="file for the answer, 16-bit PCM")
-    answer.add_argument("--stream", action="store_true", help="let the file grow with the answer")
+    answer.add_argument(
+        "question",
+        metavar="QUESTION.wav",
+        help="recording of any length, WAV, FLAC, OGG or MP3; a URL; or a pipe, as /dev/stdin",
+    )
+    answer.add_argument(
+        "--output", required=True, metavar="ANSWER.wav", help="file for the answer: .wav, .flac or .ogg"
+    )
+    answer.add_argument("--stream", action="store_true", help="let the file, a .wav, grow with the answer")
     _add_conversation_arguments(answer, "saved while listening, and goes on where it was interrupted")
 
     chat_parser = commands.add_parser("chat", help="a spoken conversation of several turns")

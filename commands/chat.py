@@ -1,0 +1,338 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+"""`ttt-omni answer` and `ttt-omni chat`: spoken conversations on the command line."""
+
+import ctypes
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext, suppress
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from tqdm import tqdm
+
+from ..configuration_ttt_omni import TTTOmniConfig
+from ..memory_ttt_omni import TTTOmniMemory, skip_pieces
+from ..modeling_ttt_omni import TTTOmniForCausalLM
+from ..processing_ttt_omni import TTTOmniProcessor
+from ..streaming_ttt_omni import TTTOmniStreamEvent
+from .audio_io import (
+    Player,
+    SpeechFile,
+    check_folder,
+    check_output,
+    find_sounddevice,
+    open_player,
+    record_questions,
+    repeatable,
+)
+from .conversation_file import ConversationFile, RecordedPieces, UnfinishedCommand, UnfinishedTurn, locked
+from .terminal import progress
+
+
+# The instruction beside the speech that LLaMA-Omni was trained with.
+INSTRUCTION = "Please directly answer the questions in the user's speech."
+WINDOW_SECONDS = 30
+SAVE_SECONDS = 60
+
+
+def answer_question(
+    question: str,
+    output: str,
+    model: str,
+    max_new_tokens: int = 256,
+    device: str = "auto",
+    dtype: str = "auto",
+    stream: bool = False,
+    play: bool = False,
+    memory: str | None = None,
+    skip_silence: bool = False,
+) -> None:
+    """
+    Prints the answer to the recording `question` as it comes, and writes it as speech to the file `output`.
+
+    Args:
+        question: path, of a pipe too, or URL.
+        output: a .wav, .flac or .ogg.
+        model: folder, or repository on the Hub.
+        max_new_tokens: of the answer, at least 1 and at most the model's `max_position_embeddings`.
+        stream: whether `output`, a .wav, grows with the answer, rather than to appear when it is complete.
+        play: whether to play the answer, too.
+        memory: file of a conversation that goes on. While a long recording is heard, that is saved beside it, so that
+            the same command goes on where it was interrupted; another question goes on from the last completed turn.
+        skip_silence: whether to leave out windows of 30 s in which nothing is to be heard.
+
+    Raises:
+        ValueError, OSError: a recording that cannot be read, a model that cannot be loaded or does not speak, a file
+            that another command is writing.
+    """
+    check_output(output, stream)
+    with ExitStack() as stack:
+        if stream:
+            stack.enter_context(locked(output))
+        recording = stack.enter_context(repeatable(question))
+        sounddevice = find_sounddevice("playing") if play else None
+        stack.enter_context(_locked_memory(memory))
+        conversation = Conversation(model, device, dtype, memory, skip_silence, max_new_tokens)
+        conversation.hear(recording)
+        player = stack.enter_context(open_player(sounddevice, conversation.sampling_rate))
+        _speak(conversation.answer(max_new_tokens), Path(output), stream, player, conversation.sampling_rate)
+        conversation.complete_turn()
+
+
+def chat(
+    questions: list[str],
+    model: str,
+    output: str | None = None,
+    max_new_tokens: int = 256,
+    device: str = "auto",
+    dtype: str = "auto",
+    play: bool = False,
+    memory: str | None = None,
+    skip_silence: bool = False,
+) -> None:
+    """
+    Answers one recording after the other, each with all before in mind.
+
+    Args:
+        questions: recordings; none to speak into the microphone.
+        output: folder for the answers, `answer-1.wav` and so on.
+        memory: file of the conversation, which is saved there after each turn, and goes on if there is one. The same
+            command goes on where it was interrupted, without the questions that it has answered.
+        model, max_new_tokens, device, dtype, play, skip_silence: as in [`answer_question`].
+
+    Raises:
+        ValueError, OSError: as [`answer_question`], or without questions where there is no microphone.
+    """
+    with ExitStack() as stack:
+        recordings = [stack.enter_context(repeatable(question)) for question in questions]
+        if not questions:
+            recordings = record_questions(find_sounddevice("speaking"))
+        sounddevice = find_sounddevice("playing") if play else None
+        if output is not None:
+            Path(output).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(Path(output) / "answers"))
+        stack.enter_context(_locked_memory(memory))
+        conversation = Conversation(model, device, dtype, memory, skip_silence, max_new_tokens)
+        answered = conversation.skip_answered(recordings) if questions else 0
+        player = stack.enter_context(open_player(sounddevice, conversation.sampling_rate))
+        for number, recording in enumerate(recordings, start=1):
+            if number <= answered:
+                progress(f"{questions[number - 1]} was answered before the interruption")
+                continue
+            conversation.hear(recording)
+            path = None if output is None else Path(output) / f"answer-{number}.wav"
+            _speak(conversation.answer(max_new_tokens), path, True, player, conversation.sampling_rate)
+            conversation.complete_turn()
+
+
+class Conversation:
+    """
+    A model, a processor and what they said so far. A turn is [`hear`], [`answer`] and [`complete_turn`].
+
+    Args:
+        model: folder, or repository on the Hub.
+        memory: file from which the conversation goes on, and where it is saved.
+        device, dtype, skip_silence: as in [`answer_question`].
+        max_new_tokens: that will be asked of [`answer`].
+    """
+
+    def __init__(
+        self,
+        model: str,
+        device: str,
+        dtype: str,
+        memory: str | None,
+        skip_silence: bool,
+        max_new_tokens: int = 256,
+    ):
+        _check_model(model, max_new_tokens)
+        device = _check_device(device)
+        _return_freed_memory()
+        progress(f"Loading {model}")
+        self.processor = TTTOmniProcessor.from_pretrained(model)
+        self.model = TTTOmniForCausalLM.from_pretrained(model, dtype=dtype, device_map=device)
+        self.skip_silence = skip_silence
+        self.file = None if memory is None else ConversationFile(memory)
+        self.memory: TTTOmniMemory | None = None
+        self.unfinished: UnfinishedTurn | None = None
+        self.command = UnfinishedCommand()
+        if self.file is not None:
+            self.memory = self.file.load(self.model, self.processor.answer_end_id)
+            self.unfinished = self.file.unfinished_turn()
+        if self.memory is not None:
+            progress(f"Going on with the {self.memory.input_ids.shape[1]} tokens of {memory}")
+
+    @property
+    def sampling_rate(self) -> int:
+        """Of the answers, in Hz."""
+        return self.model.config.vocoder_config.sampling_rate
+
+    def skip_answered(self, questions: list[str]) -> int:
+        """
+        How many of a command's `questions` were answered before it was interrupted; the others are to come.
+
+        It is known by their number, and by the content of those that were answered.
+        """
+        before = UnfinishedCommand() if self.file is None else self.file.command()
+        self.command = UnfinishedCommand(len(questions))
+        if before.questions != len(questions):
+            return 0
+        for question, recording in zip(questions, before.answered):
+            pieces = self._pieces(question, None)
+            for _ in pieces:
+                pass
+            if pieces.recordings[-1] != recording:
+                return 0
+        self.command = before
+        return len(before.answered)
+
+    def hear(self, question: str | tuple[np.ndarray, int]) -> None:
+        """
+        Listens to a recording of any length, a file or samples with their rate; goes on with it where the memory was
+        saved in its middle.
+        """
+        self.begins = 0 if self.memory is None else self.memory.input_ids.shape[1]
+        pieces = self._resume(question)
+        if pieces is None:
+            pieces = self._pieces(question, None if self.memory is None else self.memory.input_ids)
+        saved = time.monotonic()
+        for memory in self.model.listen(pieces, self.memory):
+            self.memory = memory
+            if time.monotonic() - saved >= SAVE_SECONDS:
+                self._save_unfinished(pieces, "listening")
+                saved = time.monotonic()
+        self._save_unfinished(pieces, "answering")
+        self.recording = pieces.recordings[-1]
+
+    def answer(self, max_new_tokens: int) -> Iterator[TTTOmniStreamEvent]:
+        """Answers what was heard."""
+        self.tokens = []
+        for event in self.model.stream(
+            **vars(self.memory), tokenizer=self.processor.tokenizer, max_new_tokens=max_new_tokens
+        ):
+            self.tokens += [] if event.token is None else [event.token]
+            yield event
+
+    def complete_turn(self) -> None:
+        """Remembers and saves the answer, once it is complete and where it shall be."""
+        if self.tokens[-1] in np.atleast_1d(self.model.generation_config.eos_token_id):
+            self.tokens.pop()
+        answer = torch.tensor([[*self.tokens, self.processor.answer_end_id]])
+        self.memory.input_ids = torch.cat([self.memory.input_ids, answer.to(self.memory.input_ids.device)], dim=1)
+        self.command.answered.append(self.recording)
+        if len(self.command.answered) == self.command.questions:
+            self.command = UnfinishedCommand()
+        if self.file is not None:
+            self.file.save(self.model, self.memory, self.command)
+
+    def _resume(self, question) -> RecordedPieces | None:
+        """The pieces of `question` that are to come, if it is that which was heard in part; the memory is of then."""
+        turn, self.unfinished = self.unfinished, None
+        if turn is None:
+            return None
+        self.memory = None  # before there is another one
+        self.memory = self.file.load_unfinished(self.model)
+        pieces = self._pieces(question, self.memory.input_ids[:, : turn.begins] if turn.begins else None)
+        with suppress(ValueError):  # the prompt of another recording
+            skip_pieces(pieces, self.memory.input_ids[:, turn.begins :])
+            if (len(pieces.recordings) - 1, pieces.recordings[-1]) == (turn.pieces, turn.recording):
+                progress(f"Going on with a question of which {turn.pieces} pieces were heard")
+                return pieces
+        progress("Going back to the last completed turn, as this is another question than the unfinished one")
+        self.memory = None
+        self.memory = self.file.load(self.model, self.processor.answer_end_id)
+        return None
+
+    def _pieces(self, question, history: torch.LongTensor | None) -> RecordedPieces:
+        content = [{"type": "audio", "audio": question}, {"type": "text", "text": INSTRUCTION}]
+        pieces = self.processor.turn_pieces({"role": "user", "content": content}, history, self.skip_silence)
+        return RecordedPieces(_show_progress(pieces, question))
+
+    def _save_unfinished(self, pieces: RecordedPieces, state: str) -> None:
+        if self.file is None:
+            return
+        # While the end of the last answer is heard, which comes before the turn, there is nothing of it yet.
+        heard, recording = pieces.heard(max(self.memory.input_ids.shape[1] - self.begins, 0))
+        self.file.save_unfinished(self.model, self.memory, UnfinishedTurn(self.begins, heard, recording, state))
+
+
+def _speak(events, path: Path | None, grows: bool, player: Player | None, sampling_rate: int) -> None:
+    """Prints the text of `events`, and writes and plays their speech."""
+    samples, is_silent = 0, True
+    with nullcontext() if path is None else SpeechFile(path, sampling_rate, grows) as file:
+        for event in events:
+            if event.text:
+                print(event.text, end="", flush=True)
+            if event.waveform is not None:
+                waveform = event.waveform.float().cpu()
+                samples, is_silent = samples + len(waveform), is_silent and not waveform.any()
+                for sink in filter(None, (file, player)):
+                    sink.write(waveform)
+        print(flush=True)
+    if is_silent:
+        progress("The answer says nothing" if path is None else "The answer says nothing: no file is written")
+    elif path is not None:
+        progress(f"Wrote {samples / sampling_rate:.1f} s of speech to {path}")
+
+
+def _locked_memory(memory: str | None):
+    if memory is None:
+        return nullcontext()
+    check_folder(memory)
+    return locked(memory)
+
+
+def _show_progress(pieces: Iterator[dict], question) -> Iterator[dict]:
+    """The pieces of a turn, with a bar on stderr if the recording is a file of several windows."""
+    try:
+        windows = -(-soundfile.info(os.fsencode(question)).duration // WINDOW_SECONDS)
+    except (soundfile.SoundFileError, TypeError):
+        windows = 0  # samples, or a file of which it is said where it is read what is wrong
+    with tqdm(total=windows, desc="Listening", unit="window", disable=windows < 2) as bar:
+        for piece in pieces:
+            yield piece
+            bar.update("input_features" in piece)
+
+
+def _return_freed_memory() -> None:
+    """Makes glibc give tensors back as they are freed: the holes that a growing cache leaves took 60 MB in 3 hours."""
+    try:
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
+    except (AttributeError, OSError, TypeError):
+        pass  # another C library
+
+
+def _check_device(device: str) -> torch.device:
+    """The device called `device`, once it is known to be there."""
+    if device == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # the latter without CUDA
+        raise ValueError(f"The device {device!r} cannot be used: {str(error).partition(chr(10))[0]}") from error
+    return torch.device(device)
+
+
+def _check_model(model: str, max_new_tokens: int) -> None:
+    """Raises ValueError unless `model` hears and speaks, and may be asked for so many tokens."""
+    try:
+        config, _ = TTTOmniConfig.get_config_dict(model)
+    except OSError:
+        config = {}
+    if not config:
+        raise ValueError(f"The model {model} is neither a folder with a config.json nor found on the Hub.")
+    if config.get("model_type") != TTTOmniConfig.model_type:
+        raise ValueError(f"{model} is no TTT-Omni model but {config.get('model_type')!r}: see `ttt-omni convert`.")
+    parts = {"audio_config": "hear", "speech_decoder_config": "speak", "vocoder_config": "speak"}
+    for field, ability in parts.items():
+        if config.get(field) is None:
+            raise ValueError(f"{model} cannot {ability}: its config.json has no `{field}`.")
+    limit = TTTOmniConfig.from_dict(config).text_config.max_position_embeddings
+    if not 1 <= max_new_tokens <= limit:
+        raise ValueError(
+            f"`max_new_tokens` must be from 1 to the {limit} of the model's `max_position_embeddings`, got "
+            f"{max_new_tokens}."
+        )
