@@ -227,8 +227,8 @@ class TTTLinearModel(nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int):
         super().__init__()
-        self.W1 = nn.Parameter(torch.empty(num_heads, head_dim, head_dim))
-        self.b1 = nn.Parameter(torch.empty(num_heads, 1, head_dim))
+        self.W1 = nn.Parameter(torch.empty(num_heads, head_dim, head_dim, dtype=torch.float32))
+        self.b1 = nn.Parameter(torch.empty(num_heads, 1, head_dim, dtype=torch.float32))
 
     def forward(self, batch_size: int) -> TTTLinearState:
         return TTTLinearState.initial(self.W1, self.b1, batch_size)
@@ -239,10 +239,10 @@ class TTTMLPModel(nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int):
         super().__init__()
-        self.W1 = nn.Parameter(torch.empty(num_heads, head_dim, 4 * head_dim))
-        self.b1 = nn.Parameter(torch.empty(num_heads, 1, 4 * head_dim))
-        self.W2 = nn.Parameter(torch.empty(num_heads, 4 * head_dim, head_dim))
-        self.b2 = nn.Parameter(torch.empty(num_heads, 1, head_dim))
+        self.W1 = nn.Parameter(torch.empty(num_heads, head_dim, 4 * head_dim, dtype=torch.float32))
+        self.b1 = nn.Parameter(torch.empty(num_heads, 1, 4 * head_dim, dtype=torch.float32))
+        self.W2 = nn.Parameter(torch.empty(num_heads, 4 * head_dim, head_dim, dtype=torch.float32))
+        self.b2 = nn.Parameter(torch.empty(num_heads, 1, head_dim, dtype=torch.float32))
 
     def forward(self, batch_size: int) -> TTTMLPState:
         return TTTMLPState.initial(self.W1, self.b1, self.W2, self.b2, batch_size)
@@ -253,8 +253,8 @@ class TTTInnerNorm(nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(num_heads, head_dim))
-        self.bias = nn.Parameter(torch.zeros(num_heads, head_dim))
+        self.weight = nn.Parameter(torch.ones(num_heads, head_dim, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(num_heads, head_dim, dtype=torch.float32))
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.weight, self.bias
@@ -265,7 +265,7 @@ class TTTTokenScale(nn.Module):
 
     def __init__(self, mini_batch_size: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(mini_batch_size))
+        self.weight = nn.Parameter(torch.empty(mini_batch_size, dtype=torch.float32))
 
     @staticmethod
     def initial_weight(mini_batch_size: int) -> torch.Tensor:
@@ -283,7 +283,7 @@ class TTTOutputGate(nn.Module):
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.weight = nn.Parameter(torch.empty(hidden_size, dtype=torch.float32))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.tanh(self.weight).to(hidden_states.dtype) * hidden_states

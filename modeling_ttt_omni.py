@@ -614,6 +614,7 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         unit_labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         loss_chunk_size: int | None = None,
@@ -632,6 +633,7 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
             unit_labels: `[B, U]`, speech units of each row's response, padded with -100; needs `labels`. Or `[N, U]`,
                 where rows hold several responses: one for each unbroken run of `labels`, a row without any counting
                 as one.
+            shift_labels: `[B, T]`, what each position predicts, in place of `labels` shifted by one.
             logits_to_keep: compute the logits of the last so many positions only, 0 for all.
             loss_chunk_size: with `labels`, never hold the logits of more positions, and return none.
 
@@ -654,13 +656,15 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
         logits = lm_loss = ctc_loss = None
         if labels is not None and loss_chunk_size is not None:
             num_items_in_batch = kwargs.get("num_items_in_batch")
-            lm_loss = self._chunked_lm_loss(hidden_states, labels, loss_chunk_size, num_items_in_batch)
+            lm_loss = self._chunked_lm_loss(hidden_states, labels, shift_labels, loss_chunk_size, num_items_in_batch)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
             if labels is not None:
                 vocab_size = self.config.text_config.vocab_size
-                lm_loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+                lm_loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=vocab_size, shift_labels=shift_labels, **kwargs
+                )
         loss = lm_loss
         if unit_labels is not None:
             ctc_loss = self._ctc_loss(hidden_states, labels, unit_labels, kwargs.get("num_items_in_batch"))
@@ -676,13 +680,15 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
             last_hidden_state=hidden_states,
         )
 
-    def _chunked_lm_loss(self, hidden_states, labels, chunk_size, num_items_in_batch):
+    def _chunked_lm_loss(self, hidden_states, labels, shift_labels, chunk_size, num_items_in_batch):
         """The loss of `loss_function`; the backward pass computes the logits of each chunk again."""
 
         def summed_loss(states, targets):
             return nn.functional.cross_entropy(self.lm_head(states).float(), targets, reduction="sum")
 
-        labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).to(hidden_states.device)
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        labels = shift_labels.to(hidden_states.device)
         is_target = labels != -100
         chunks = zip(hidden_states[is_target].split(chunk_size), labels[is_target].split(chunk_size))
         loss = sum(checkpoint(summed_loss, *chunk, use_reentrant=False) for chunk in chunks)
