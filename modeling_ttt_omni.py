@@ -1,6 +1,7 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 """TTT-Omni: LLaMA-Omni whose language model remembers through Test-Time Training."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -46,14 +47,8 @@ from .memory_ttt_omni import TTTOmniMemoryMixin
 from .vocoder_ttt_omni import TTTOmniVocoder
 
 
-try:
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGET_MODULES
-except ImportError:  # PEFT is optional
-    LORA_TARGET_MODULES = {}
-
 # What PEFT adapts if it is told no `target_modules`: as of a Llama, and nothing of encoder and speech decoder.
-LORA_TARGET_MODULES[TTTOmniConfig.model_type] = r"(.*\.)?language_model\.layers\.\d+\.(self_attn|ttt)\.[qv]_proj"
-
+LORA_TARGET_MODULES = r"(.*\.)?language_model\.layers\.\d+\.(self_attn|ttt)\.[qv]_proj"
 # Windows of 30 s that the encoder takes at once outside of training.
 AUDIO_WINDOWS_PER_PASS = 8
 # Of what `TransformersKwargs` lists, what has a meaning here.
@@ -591,6 +586,10 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
         if config.vocoder_config is not None:
             self.vocoder = TTTOmniVocoder._from_config(config.vocoder_config).requires_grad_(False)  # no loss has it
         self.post_init()
+        with suppress(ImportError):  # PEFT is optional, and takes time to import
+            from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+            TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[config.model_type] = LORA_TARGET_MODULES
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.get_input_embeddings()
