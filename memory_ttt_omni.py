@@ -6,11 +6,11 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import align_module_device
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import Cache, DynamicCache
@@ -22,6 +22,11 @@ from .configuration_ttt_omni import SLIDING_LAYER_TYPES, TTT_LAYER_TYPES
 from .files_ttt_omni import new_file
 from .ops_ttt_omni import with_pending_rows
 
+
+try:
+    from accelerate.utils import align_module_device
+except ImportError:  # without which nothing is offloaded
+    align_module_device = nullcontext
 
 logger = logging.get_logger(__name__)
 

@@ -1,7 +1,6 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 """TTT-Omni: LLaMA-Omni whose language model remembers through Test-Time Training."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -586,10 +585,12 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
         if config.vocoder_config is not None:
             self.vocoder = TTTOmniVocoder._from_config(config.vocoder_config).requires_grad_(False)  # no loss has it
         self.post_init()
-        with suppress(ImportError):  # PEFT is optional, and takes time to import
-            from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        try:
+            from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as lora_targets
 
-            TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[config.model_type] = LORA_TARGET_MODULES
+            lora_targets[config.model_type] = LORA_TARGET_MODULES
+        except ImportError:  # PEFT is optional, and takes time to import
+            pass
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.get_input_embeddings()
