@@ -55,7 +55,7 @@ class TokenLayout(NamedTuple):
 def lay_out_tokens(
     batch_size: int,
     length: int,
-    past_length: int,
+    past_length: int | torch.Tensor,
     device: torch.device,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.LongTensor | None = None,
@@ -74,6 +74,7 @@ def lay_out_tokens(
     """
     mask, places = None, torch.arange(length, device=device).expand(batch_size, -1) + past_length
     if attention_mask is not None:
+        past_length = int(past_length)
         if attention_mask.shape != (batch_size, past_length + length):
             raise ValueError(
                 f"`attention_mask` must have the shape {(batch_size, past_length + length)} of the {past_length} "

@@ -159,7 +159,7 @@ class TTTOmniDecoderStack(TTTOmniPreTrainedModel):
                     "Gradient checkpointing runs layers twice, which a cache cannot take back: pass none."
                 )
             add_ttt_layers(cache, self.config)
-            past_length = int(cache.get_seq_length())
+            past_length = cache.get_seq_length()  # a tensor, if the cache is static
         if isinstance(attention_mask, dict):
             attention_mask = attention_mask["full_attention"]
         padding = attention_mask
@@ -212,11 +212,11 @@ def check_forward_kwargs(module: nn.Module, kwargs: dict) -> None:
         raise TypeError(f"{type(module).__name__}.forward() got unexpected keyword arguments {unknown}.")
 
 
-def _check_written(cache: Cache, length: int) -> None:
-    """Raises unless all layers of `cache` hold `length` tokens; those that would let the host wait are not asked."""
+def _check_written(cache: Cache, length: int | torch.Tensor) -> None:
+    """Raises unless all layers of `cache` hold `length` tokens; those that count on a device are not waited for."""
     for index, layer in enumerate(cache.layers):
         held = layer.get_seq_length()
-        if isinstance(held, int) and held != length:
+        if isinstance(held, int) and isinstance(length, int) and held != length:
             raise RuntimeError(
                 f"Layer {index} of the cache holds {held} tokens where {length} were read: this version of "
                 "Transformers does not fill it as TTT-Omni expects. Install one that TTT-Omni was tested with."

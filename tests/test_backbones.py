@@ -2,6 +2,9 @@
 """Grafts on the backbones of other families, with other tokenizers and templates, and the way back."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -145,6 +148,51 @@ def test_replace_mode_trains(grafts, backbone):
     for name, parameter in graft.named_parameters():
         if ".ttt." in name:
             assert parameter.grad.isfinite().all() and parameter.grad.any(), name
+
+
+TWO_PROCESSES = """
+import sys
+
+import torch
+import torch.distributed as dist
+from transformers.distributed import DistributedConfig
+
+from ttt_omni import TTTOmniForCausalLM
+
+dist.init_process_group("gloo")
+for folder in sys.argv[1:]:
+    ids = torch.arange(5, 45).repeat(2, 1)
+    parallel = TTTOmniForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_plan="auto")).eval()
+    with torch.no_grad():
+        expected = TTTOmniForCausalLM.from_pretrained(folder).eval()(ids).logits
+        torch.testing.assert_close(parallel(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    print("equal")
+dist.destroy_process_group()
+"""
+
+
+def test_tensor_parallelism(grafts, tmp_path):
+    """On two processes, with open gates."""
+    names = ("mistral", "qwen2", "qwen3")
+    for name in names:
+        _, graft = grafts(name, mini_batch_size=8)
+        for index in (1, 3):
+            graft.model.language_model.layers[index].ttt_gate.weight.data.fill_(0.5)
+        graft.save_pretrained(tmp_path / name)
+    (tmp_path / "script.py").write_text(TWO_PROCESSES)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "script.py",
+        *names,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("equal") == 2 * len(names)
 
 
 def test_projections_start_from_attention(grafts):
