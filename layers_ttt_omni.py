@@ -353,7 +353,8 @@ class TTTOmniTTT(nn.Module):
         state = state.to(hidden_states.device)
 
         q, k, v = self._project(hidden_states, state, token_mask, cu_seqlens)
-        lr = self.base_lr / self.head_dim * torch.sigmoid(self.lr_gate(hidden_states).to(state.W1.dtype))
+        lr = self.lr_gate(hidden_states.to(self.lr_gate.bias.dtype))  # [B, T, H]
+        lr = self.base_lr / self.head_dim * torch.sigmoid(lr.to(state.W1.dtype))
         o, new_state = self.op(
             q,
             k,

@@ -30,7 +30,6 @@ from .configuration_ttt_omni import (
 )
 from .generation_ttt_omni import TTTOmniGenerationMixin
 from .layers_ttt_omni import (
-    TTT_MODULES_TO_SAVE,
     TTTInnerNorm,
     TTTLinearModel,
     TTTMLPModel,
@@ -72,8 +71,8 @@ class TTTOmniPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["TTTOmniDecoderLayer", "WhisperEncoderLayer"]
     _skip_keys_device_placement = ["cache"]
     _keep_in_fp32_modules_strict = ["inner_model", "inner_norm", "token_scale", "ttt_gate"]
-    # What no quantiser touches, whatever else it is told to skip: patterns of modules' and of parameters' names.
-    _keep_in_fp32_modules = [rf".*\b{name}" for name in TTT_MODULES_TO_SAVE]
+    # What no quantiser touches either, whatever else it is told to skip: patterns of modules' and parameters' names.
+    _keep_in_fp32_modules = [r".*\blr_gate"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -87,10 +86,6 @@ class TTTOmniPreTrainedModel(PreTrainedModel):
 
             register_parallel_styles()
         return super().from_pretrained(*args, **kwargs)
-
-    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        plan = super()._get_dtype_plan(dtype)  # which has what quantisers leave in float32 when the rest is in float16
-        return {name: plan[name] for name in plan if name in self._keep_in_fp32_modules_strict}
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -296,6 +291,7 @@ class TTTOmniSpeechDecoder(TTTOmniDecoderStack):
         """
         # A weight that is quantised says nothing of the dtype to compute in, its bias does.
         hidden_states = self.input_proj(hidden_states.to(self.input_proj.bias.dtype))
+        hidden_states = hidden_states.to(self.layers[0].input_layernorm.weight.dtype)
         frame_mask = None
         if lengths is None and num_frames is None:
             hidden_states = hidden_states.repeat_interleave(self.config.upsample_factor, dim=1)
@@ -309,7 +305,7 @@ class TTTOmniSpeechDecoder(TTTOmniDecoderStack):
             source = torch.where(frame_mask, source, 0)[..., None].expand(-1, -1, hidden_states.shape[2])
             hidden_states = hidden_states.gather(1, source)
         hidden_states = self.run_layers(hidden_states, frame_mask, cache=cache)
-        return self.output_proj(hidden_states).float()
+        return self.output_proj(hidden_states.to(self.output_proj.bias.dtype)).float()
 
     def collapse(self, frames: torch.LongTensor, previous: torch.LongTensor | None = None) -> torch.LongTensor:
         """
@@ -572,7 +568,6 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
     """TTT-Omni with its language-model head, speech decoder and vocoder."""
 
     _keep_in_fp32_modules_strict = [*TTTOmniPreTrainedModel._keep_in_fp32_modules_strict, "vocoder"]
-    _keep_in_fp32_modules = [*TTTOmniPreTrainedModel._keep_in_fp32_modules, "lm_head", "vocoder"]
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 

@@ -30,7 +30,7 @@ class TTTOmniVocoder(PreTrainedModel):
     _no_split_modules = []
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # it has no attention that could object
     _keep_in_fp32_modules_strict = ["unit_embedding", "dur_predictor", "hifi_gan"]
-    _keep_in_fp32_modules = _keep_in_fp32_modules_strict  # nor are they quantised
+    _keep_in_fp32_modules = [r".*\bdur_predictor\.proj"]  # what quantisers would take
 
     def __init__(self, config: TTTOmniVocoderConfig):
         super().__init__(config)

@@ -95,7 +95,6 @@ TAKEN = {
     "transformers.utils.generic.merge_with_config_defaults": "func",
     "transformers.utils.logging": None,
     "transformers.utils.output_capturing.capture_outputs": "func",
-    "transformers.PreTrainedModel._get_dtype_plan": "dtype",
     "transformers.PreTrainedModel._init_weights": "module",
     "transformers.GenerationMixin._prefill": "input_ids, generation_config, model_kwargs",
     "transformers.GenerationMixin._prepare_cache_for_generation": "generation_config, model_kwargs",
