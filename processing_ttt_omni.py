@@ -193,7 +193,8 @@ class TTTOmniProcessor(ProcessorMixin):
             kwargs:
                 As in Transformers, but that `sanitize_control_tokens` is `True` by default: special tokens and
                 placeholders in a message's text are tokenised as text, so that nobody puts words into the system's
-                mouth or moves the audio. With `tokenize=False` it is for whoever tokenises the prompt to see to that.
+                mouth or moves the audio. With `tokenize=False` it is for whoever tokenises the prompt to see to that,
+                and with `return_assistant_tokens_mask` Transformers cannot.
         """
         if tokenize:
             processor_kwargs = dict(processor_kwargs or {})
@@ -203,7 +204,7 @@ class TTTOmniProcessor(ProcessorMixin):
             processor_kwargs["sampling_rate"] = self.feature_extractor.sampling_rate
             processor_kwargs["audio_kwargs"] = dict(processor_kwargs.get("audio_kwargs", {}))
             processor_kwargs["audio_kwargs"].pop("sampling_rate", None)
-            kwargs.setdefault("sanitize_control_tokens", True)
+            kwargs.setdefault("sanitize_control_tokens", not kwargs.get("return_assistant_tokens_mask"))
         return super().apply_chat_template(
             conversation, *args, tokenize=tokenize, processor_kwargs=processor_kwargs, **kwargs
         )
