@@ -305,7 +305,7 @@ class TTTOmniTTT(nn.Module):
         self.base_lr = config.get_ttt_base_lr(layer_idx)
         width = self.num_heads * self.head_dim
 
-        # Calibration centres q and k by their biases, see the design.
+        # q and k have biases for calibration to centre them by
         self.q_proj = nn.Linear(config.hidden_size, width, bias=True)
         self.k_proj = nn.Linear(config.hidden_size, width, bias=True)
         self.v_proj = nn.Linear(config.hidden_size, width, bias=attention.v_proj.bias is not None)

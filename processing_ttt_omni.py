@@ -35,8 +35,31 @@ logger = logging.get_logger(__name__)
 PAD_TOKEN = "<|finetune_right_pad_id|>"
 SILENCE = 0.0  # in Whisper's scale of mel bins, what a sine of -65 dBFS reaches
 
+# Put before a template, so that a message's content may be a list of parts, with audio where a text may stand.
+PARTS_TO_TEXT = """\
+{%- set of_parts = namespace(messages=[], text='') %}
+{%- for message in messages %}
+    {%- set of_parts.text = message['content'] %}
+    {%- if message['content'] is not string and message['content'] is iterable %}
+        {%- set of_parts.text = '' %}
+        {%- for item in message['content'] %}
+            {%- if item['type'] == 'audio' %}
+                {%- set of_parts.text = of_parts.text + 'AUDIO_TOKEN' + '\\n' %}
+            {%- elif item['type'] == 'text' %}
+                {%- set of_parts.text = of_parts.text + item['text'] %}
+            {%- else %}
+                {{- raise_exception("Content must be of type 'text' or 'audio', got '" + item['type'] + "'.") }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {%- set of_parts.messages = of_parts.messages + [dict(message, content=of_parts.text)] %}
+{%- endfor %}
+{%- set messages = of_parts.messages %}
+"""
 # The original's prompt. Its tokenizer adds a second bos to the one in the text.
-CHAT_TEMPLATE = """\
+CHAT_TEMPLATE = (
+    PARTS_TO_TEXT
+    + """\
 {{- bos_token + bos_token }}
 {%- if not messages or messages[0]['role'] != 'system' %}
     {{- '<|start_header_id|>system<|end_header_id|>\\n\\nYou are a helpful language and speech assistant. You are \
@@ -44,30 +67,16 @@ able to understand the speech content that the user provides, and assist the use
 natural language.<|eot_id|>' }}
 {%- endif %}
 {%- for message in messages %}
-    {%- set content = namespace(text='') %}
-    {%- if message['content'] is string %}
-        {%- set content.text = message['content'] %}
-    {%- else %}
-        {%- for item in message['content'] %}
-            {%- if item['type'] == 'audio' %}
-                {%- set content.text = content.text + 'AUDIO_TOKEN' + '\\n' %}
-            {%- elif item['type'] == 'text' %}
-                {%- set content.text = content.text + item['text'] %}
-            {%- else %}
-                {{- raise_exception("Content must be of type 'text' or 'audio', got '" + item['type'] + "'.") }}
-            {%- endif %}
-        {%- endfor %}
-    {%- endif %}
     {%- if message['role'] == 'system' %}
-        {%- if content.text %}
-            {{- '<|start_header_id|>system<|end_header_id|>\\n\\n' + content.text + '<|eot_id|>' }}
+        {%- if message['content'] %}
+            {{- '<|start_header_id|>system<|end_header_id|>\\n\\n' + message['content'] + '<|eot_id|>' }}
         {%- endif %}
     {%- elif message['role'] == 'user' %}
-        {{- '<|start_header_id|>user<|end_header_id|>\\n\\n' + content.text | trim + '<|eot_id|>' }}
+        {{- '<|start_header_id|>user<|end_header_id|>\\n\\n' + message['content'].strip() + '<|eot_id|>' }}
     {%- elif message['role'] == 'assistant' %}
         {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
         {%- generation %}
-            {{- content.text | trim + '<|eot_id|>' }}
+            {{- message['content'].strip() + '<|eot_id|>' }}
         {%- endgeneration %}
     {%- else %}
         {{- raise_exception("Role must be 'system', 'user' or 'assistant', got '" + message['role'] + "'.") }}
@@ -77,6 +86,7 @@ natural language.<|eot_id|>' }}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}
 """
+)
 
 
 def _sampling_rate(kwargs: dict) -> int | None:
@@ -193,7 +203,8 @@ class TTTOmniProcessor(ProcessorMixin):
             kwargs:
                 As in Transformers, but that `sanitize_control_tokens` is `True` by default: special tokens and
                 placeholders in a message's text are tokenised as text, so that nobody puts words into the system's
-                mouth or moves the audio. With `tokenize=False` it is for whoever tokenises the prompt to see to that.
+                mouth or moves the audio. With `tokenize=False` it is for whoever tokenises the prompt to see to that,
+                and with `return_assistant_tokens_mask` Transformers cannot.
         """
         if tokenize:
             processor_kwargs = dict(processor_kwargs or {})
@@ -203,7 +214,7 @@ class TTTOmniProcessor(ProcessorMixin):
             processor_kwargs["sampling_rate"] = self.feature_extractor.sampling_rate
             processor_kwargs["audio_kwargs"] = dict(processor_kwargs.get("audio_kwargs", {}))
             processor_kwargs["audio_kwargs"].pop("sampling_rate", None)
-            kwargs.setdefault("sanitize_control_tokens", True)
+            kwargs.setdefault("sanitize_control_tokens", not kwargs.get("return_assistant_tokens_mask"))
         return super().apply_chat_template(
             conversation, *args, tokenize=tokenize, processor_kwargs=processor_kwargs, **kwargs
         )

@@ -99,15 +99,13 @@ class TTTOmniVocoder(PreTrainedModel):
             return torch.empty(0, device=frames.device)
         return self.hifi_gan(self.unit_embedding(frames).T[None])[0]
 
-    def forward(self, units: torch.LongTensor, predict_durations: bool = True) -> torch.FloatTensor:
+    def forward(self, units: torch.LongTensor) -> torch.FloatTensor:
         r"""
         Speaks one sequence of units.
 
         Args:
             units (`torch.LongTensor` of shape `(num_units,)`):
                 Ids in `[0, config.unit_vocab_size)`; there may be none.
-            predict_durations (`bool`, defaults to `True`):
-                Whether each unit lasts for the predicted number of frames rather than for one.
 
         Returns:
             `torch.FloatTensor` of shape `(num_samples,)`: the waveform, in [-1, 1], at `config.sampling_rate`.
@@ -116,7 +114,7 @@ class TTTOmniVocoder(PreTrainedModel):
             `ValueError`: `units` is not one sequence of ids, or has ids that are out of range.
         """
         self.check_units(units)
-        return self.synthesize(units.repeat_interleave(self.durations(units)) if predict_durations else units)
+        return self.synthesize(units.repeat_interleave(self.durations(units)))
 
     def stream(self) -> "VocoderStream":
         """Starts a stream: units in, samples out, chunk by chunk."""

@@ -37,6 +37,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import ttt_kernels
+from files_ttt_omni import new_file
 
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -79,9 +80,8 @@ def main() -> None:
         "rows": rows,
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.output.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    temporary.rename(args.output)
+    with new_file(args.output) as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
 
 
 @contextmanager

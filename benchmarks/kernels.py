@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also without an 
 
 import ops_ttt_omni as ops
 import ttt_kernels
+from files_ttt_omni import new_file
 
 
 COMPILED_UP_TO = 1024  # torch.compile unrolls the mini-batches
@@ -70,9 +71,8 @@ def main() -> None:
     name = torch.cuda.get_device_name().lower().replace(" ", "-")
     path = args.output or Path(__file__).parent / "results" / f"kernels-{args.layer}-{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    temporary.rename(path)
+    with new_file(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def measure_prefill(args, batch: int, length: int, floors: dict) -> list[dict]:

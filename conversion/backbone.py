@@ -16,6 +16,7 @@ from transformers import (
 
 from ..checkpoint import ConversionError, LazyTensor, check_layers, check_sizes, errors_of, read_json
 from ..configuration_ttt_omni import TTTOmniTextConfig, require_token_ids
+from ..processing_ttt_omni import PARTS_TO_TEXT
 
 
 # The backbone of a checkpoint, and the class that reads its config, by its `model_type`.
@@ -34,27 +35,6 @@ ROPE_FIELDS = ("rope_parameters", "rope_theta", "rope_scaling")
 # What tokens are called that models are not trained to use, the best placeholders first.
 UNUSED_TOKENS = (r"audio", r"reserved", r"unused", r"")
 AUDIO_TOKEN = "<|audio|>"
-# Put before a template, so that a message's content may be a list of parts, with audio where a text may stand.
-PARTS_TO_TEXT = """\
-{%- set of_parts = namespace(messages=[], text='') %}
-{%- for message in messages %}
-    {%- set of_parts.text = message['content'] %}
-    {%- if message['content'] is not string and message['content'] is iterable %}
-        {%- set of_parts.text = '' %}
-        {%- for item in message['content'] %}
-            {%- if item['type'] == 'audio' %}
-                {%- set of_parts.text = of_parts.text + 'AUDIO_TOKEN' + '\\n' %}
-            {%- elif item['type'] == 'text' %}
-                {%- set of_parts.text = of_parts.text + item['text'] %}
-            {%- else %}
-                {{- raise_exception("Content must be of type 'text' or 'audio', got '" + item['type'] + "'.") }}
-            {%- endif %}
-        {%- endfor %}
-    {%- endif %}
-    {%- set of_parts.messages = of_parts.messages + [dict(message, content=of_parts.text)] %}
-{%- endfor %}
-{%- set messages = of_parts.messages %}
-"""
 
 
 def read_config(source: Path) -> dict:

@@ -11,8 +11,8 @@ from transformers import GenerationConfig
 from ..checkpoint import ConversionError, open_checkpoint, write_checkpoint
 from ..configuration_ttt_omni import SLIDING_LAYER_TYPES, TTTOmniConfig, TTTOmniTextConfig
 from ..files_ttt_omni import new_folder
-from ..processing_ttt_omni import TTTOmniProcessor
-from .backbone import PARTS_TO_TEXT, SOURCES
+from ..processing_ttt_omni import PARTS_TO_TEXT, TTTOmniProcessor
+from .backbone import SOURCES
 
 
 def export(

@@ -221,6 +221,41 @@ def plan_conversion(
         raise ConversionError(f"The mode must be one of {', '.join(LAYER_TYPES)}, got {mode!r}.")
     if dtype not in DTYPES:
         raise ConversionError(f"The dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    config, tensors, processor = _read(source, whisper, vocoder, vocoder_config, listen, speak)
+    ttt_layers = select_layers(layers, config.text_config.num_hidden_layers)
+    config = _grafted(config, ttt_layers, mode, ttt_type, mini_batch_size, attention_window, attention_sinks)
+    tensors = graft(tensors, config.text_config, _shapes(config))
+
+    config.architectures = [TTTOmniForCausalLM.__name__]
+    config.dtype = DTYPES[dtype]
+    card = Template((PACKAGE_FOLDER / "model_card.md").read_text(encoding="utf-8"))
+    return Conversion(
+        config=config,
+        tensors=tensors,
+        dtypes={name: _dtype(name, config.dtype) for name in tensors},
+        processor=processor,
+        generation_config=_generation_config(source, config, processor.tokenizer, listen),
+        model_card=card.substitute(
+            base_model=re.sub(r"[^\w.-]", "-", source.resolve().name),
+            layers=", ".join(map(str, ttt_layers)),
+            mode=mode,
+            ttt_type=ttt_type,
+            mini_batch_size=mini_batch_size,
+            attention_window=attention_window or "unbounded",
+            dtype=dtype,
+        ),
+    )
+
+
+def _read(
+    source: Path,
+    whisper: str | os.PathLike | None,
+    vocoder: str | os.PathLike | None,
+    vocoder_config: str | os.PathLike | None,
+    listen: bool,
+    speak: int | None,
+) -> tuple[TTTOmniConfig, dict[str, LazyTensor], TTTOmniProcessor]:
+    """The checkpoint and what comes with it, as a model without TTT that has all the tensors it should have."""
     if not source.is_dir():
         raise ConversionError(f"The source {source} is not a folder.")
     values = read_config(source)
@@ -250,42 +285,16 @@ def plan_conversion(
     if "audio_config" in parts:
         parts["audio_token_id"] = processor.audio_token_id
         tensors |= _with_rows(tensors, text, processor.audio_token_id + 1)
-
-    ttt_layers = select_layers(layers, values["num_hidden_layers"])
     config = TTTOmniConfig(
-        text_config=TTTOmniTextConfig(**text, ttt_layer_type=ttt_type, ttt_mini_batch_size=mini_batch_size),
-        tie_word_embeddings=text.get("tie_word_embeddings", False),
-        **parts,
+        text_config=TTTOmniTextConfig(**text), tie_word_embeddings=text.get("tie_word_embeddings", False), **parts
     )
-    # The checkpoint is checked against the model without TTT, which is then grafted on.
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     shapes = _shapes(config)
     fresh = (["model.multi_modal_projector."] if listen else []) + (["speech_decoder."] if speak is not None else [])
     tensors |= {name: fresh_tensor(name, shapes[name]) for name in shapes if name.startswith(tuple(fresh))}
     check_tensors(tensors, shapes, source)
-    config = _grafted(config, ttt_layers, mode, attention_window, attention_sinks)
-    tensors = graft(tensors, config.text_config, _shapes(config))
-
-    config.architectures = [TTTOmniForCausalLM.__name__]
-    config.dtype = DTYPES[dtype]
-    card = Template((PACKAGE_FOLDER / "model_card.md").read_text(encoding="utf-8"))
-    return Conversion(
-        config=config,
-        tensors=tensors,
-        dtypes={name: _dtype(name, config.dtype) for name in tensors},
-        processor=processor,
-        generation_config=_generation_config(source, config, processor.tokenizer, listen),
-        model_card=card.substitute(
-            base_model=re.sub(r"[^\w.-]", "-", source.resolve().name),
-            layers=", ".join(map(str, ttt_layers)),
-            mode=mode,
-            ttt_type=ttt_type,
-            mini_batch_size=mini_batch_size,
-            attention_window=attention_window or "unbounded",
-            dtype=dtype,
-        ),
-    )
+    return config, tensors, processor
 
 
 def _check_parts(listens, speaks, listen, speak, whisper, vocoder, vocoder_config, source: Path) -> None:
@@ -310,10 +319,17 @@ def _check_parts(listens, speaks, listen, speak, whisper, vocoder, vocoder_confi
 
 
 def _grafted(
-    config: TTTOmniConfig, ttt_layers: list[int], mode: str, attention_window: int | None, attention_sinks: int
+    config: TTTOmniConfig,
+    ttt_layers: list[int],
+    mode: str,
+    ttt_type: str | list[str],
+    mini_batch_size: int,
+    attention_window: int | None,
+    attention_sinks: int,
 ) -> TTTOmniConfig:
     """`config` with TTT in these layers, and windows in all."""
     text, speech = config.text_config.to_dict(), config.speech_decoder_config
+    text |= {"ttt_layer_type": ttt_type, "ttt_mini_batch_size": mini_batch_size}
     if attention_window is not None:
         text |= {"sliding_window": attention_window, "attention_sinks": attention_sinks}
         text["layer_types"] = ["sliding_attention"] * len(text["layer_types"])

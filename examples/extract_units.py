@@ -25,11 +25,9 @@ file as if it had not been interrupted; but a fit that was interrupted begins an
 import argparse
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -38,6 +36,7 @@ from tqdm import tqdm
 from transformers import AutoFeatureExtractor, AutoModel
 
 from ttt_omni.audio_ttt_omni import read_audio
+from ttt_omni.files_ttt_omni import new_file
 from ttt_omni.training.data import ManifestError, naming_line, read_manifest
 
 
@@ -235,9 +234,8 @@ def extract(manifest: Path, output: Path, model: str, layer: int, kmeans: Path, 
 
     if fit is not None and not kmeans.exists():
         fitted = fit_to_answers(manifest, total, encoder, fit)
-        with TemporaryDirectory(dir=kmeans.absolute().parent, prefix=".") as temporary:
-            np.save(Path(temporary, "kmeans.npy"), fitted)
-            os.replace(Path(temporary, "kmeans.npy"), kmeans)
+        with new_file(kmeans) as path, open(path, "wb") as file:  # NumPy would add .npy to a path without
+            np.save(file, fitted)
     centroids = load_centroids(kmeans, encoder)
 
     settings = {
@@ -261,14 +259,11 @@ def extract(manifest: Path, output: Path, model: str, layer: int, kmeans: Path, 
             take_units(number, turn)
 
         begin(partial, settings)
-        with TemporaryDirectory(dir=output.absolute().parent, prefix=".") as temporary:
-            made = Path(temporary, output.name)
-            with open(made, "w", encoding="utf-8") as file:
-                for number, _, conversation in read_manifest(manifest):
-                    for turn in spoken_answers(conversation.record):
-                        turn["units"] = take_units(number, turn)
-                    file.write(json.dumps(conversation.record) + "\n")
-            os.replace(made, output)
+        with new_file(output) as made, open(made, "w", encoding="utf-8") as file:
+            for number, _, conversation in read_manifest(manifest):
+                for turn in spoken_answers(conversation.record):
+                    turn["units"] = take_units(number, turn)
+                file.write(json.dumps(conversation.record) + "\n")
     partial_path.unlink()
 
 

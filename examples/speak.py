@@ -17,7 +17,6 @@ there. Answers are spoken with `--answer-voice` only, for `examples/extract_unit
 import argparse
 import hashlib
 import json
-import os
 import re
 import shlex
 import shutil
@@ -26,12 +25,12 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import soundfile
 from tqdm import tqdm
 
 from ttt_omni.audio_ttt_omni import read_audio
+from ttt_omni.files_ttt_omni import new_file
 from ttt_omni.training.data import SPEECH_TOKEN, ManifestError, naming_line, read_manifest
 
 
@@ -64,8 +63,8 @@ def record(text: str, voice: str, command: list[str], folder: Path) -> str:
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.wav"
     if path.exists():
         return path.name
-    with TemporaryDirectory(dir=folder, prefix=".") as temporary:
-        made, resampled = Path(temporary, "made.wav"), Path(temporary, path.name)
+    with new_file(path) as resampled:
+        made = resampled.with_name("made.wav")
         values = {
             "voice": voice,
             "output": str(made),
@@ -80,7 +79,6 @@ def record(text: str, voice: str, command: list[str], folder: Path) -> str:
         with soundfile.SoundFile(resampled, "w", SAMPLING_RATE, channels=1, subtype="PCM_16") as file:
             for block in read_audio(made, SAMPLING_RATE):
                 file.write(block)
-        os.replace(resampled, path)
     return path.name
 
 
@@ -112,23 +110,20 @@ def speak(texts: Path, folder: Path, command: str, voices: list[str], answer_voi
         raise ManifestError(f"{texts} has no conversations.")
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=".") as temporary:
-        manifest = Path(temporary, "corpus.jsonl")
-        with open(manifest, "w", encoding="utf-8") as file:
-            spoken = tqdm(conversations(texts), desc="Speaking", total=total, unit=" conversations")
-            for index, (number, conversation) in enumerate(spoken):
-                recordings = []
-                with naming_line(texts, number):
-                    for turn in conversation["conversations"]:
-                        if turn["from"] == "human":
-                            voice = voices[index % len(voices)]
-                            recordings.append(record(turn["value"], voice, words, folder))
-                            turn["value"] = QUESTION
-                        elif answer_voice is not None:
-                            turn["speech"] = record(turn["value"], answer_voice, words, folder)
-                conversation["speech"] = recordings if len(recordings) > 1 else recordings[0]
-                file.write(json.dumps(conversation) + "\n")
-        os.replace(manifest, folder / manifest.name)
+    with new_file(folder / "corpus.jsonl") as manifest, open(manifest, "w", encoding="utf-8") as file:
+        spoken = tqdm(conversations(texts), desc="Speaking", total=total, unit=" conversations")
+        for index, (number, conversation) in enumerate(spoken):
+            recordings = []
+            with naming_line(texts, number):
+                for turn in conversation["conversations"]:
+                    if turn["from"] == "human":
+                        voice = voices[index % len(voices)]
+                        recordings.append(record(turn["value"], voice, words, folder))
+                        turn["value"] = QUESTION
+                    elif answer_voice is not None:
+                        turn["speech"] = record(turn["value"], answer_voice, words, folder)
+            conversation["speech"] = recordings if len(recordings) > 1 else recordings[0]
+            file.write(json.dumps(conversation) + "\n")
 
 
 def main() -> None:

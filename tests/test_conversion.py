@@ -119,7 +119,7 @@ def test_original_numbers(model, goldens):
     assert out.units[0].tolist() == golden["units"].tolist()
 
 
-def test_a_graft_starts_from_the_attention_and_the_values_of_the_design(model):
+def test_a_graft_starts_from_the_attention_and_the_values_that_remember_best(model):
     for index, layer in enumerate(model.model.language_model.layers):
         assert hasattr(layer, "ttt") == (index in (2, 3))
     layer = model.model.language_model.layers[2]

@@ -25,7 +25,8 @@ NASTY = """"Don't" 'say' $(touch pwned) `touch pwned`; touch pwned | {output} {v
 
 # A stand-in for a text-to-speech program: 10 ms of a tone per character, in stereo at 22,050 Hz.
 PROGRAM = """
-import json, math, struct, sys, wave
+import json, sys
+import numpy as np, soundfile
 output, voice, *texts = sys.argv[1:]
 text = texts[0] if texts else sys.stdin.buffer.read().decode()
 with open("log.jsonl", "a") as log:
@@ -34,12 +35,8 @@ if "fail" in text:
     sys.exit("cannot say\\nthat")
 if "nothing" in text:
     sys.exit()
-with wave.open(output, "wb") as file:
-    file.setnchannels(2)
-    file.setsampwidth(2)
-    file.setframerate(22050)
-    tone = [round(9000 * math.sin(0.03 * (i + len(text)))) for i in range(220 * len(text) * ("silence" not in text))]
-    file.writeframes(b"".join(struct.pack("<hh", x, x) for x in tone))
+tone = 0.27 * np.sin(0.03 * (np.arange(220 * len(text) * ("silence" not in text)) + len(text)))
+soundfile.write(output, np.stack([tone, tone], axis=1), 22050)
 """
 
 

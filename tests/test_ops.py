@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from ttt_omni import TTTLinearState, ops_ttt_omni, ttt_linear
+from ttt_omni import TTTLinearState, TTTOmniTextConfig, ops_ttt_omni, ttt_linear, use_kernels
+from ttt_omni.modeling_ttt_omni import TTTOmniTextModel
 
 
 GOLDENS = ["mb16_len16", "mb16_len75", "mb64_len200"]
@@ -88,6 +89,52 @@ def test_equals_ttt_lm(goldens, ttt_type, case):
     decoded, decoded_last = run_in_chunks(op, tokens, parameters, state, [1] * golden["q"].shape[2])
     torch.testing.assert_close(decoded, golden["o"], rtol=1e-9, atol=1e-9)
     assert_states_close(decoded_last, last, 1e-12)
+
+
+@TTT_TYPES
+@pytest.mark.parametrize("case", GOLDENS)
+@torch.no_grad()
+def test_layer_equals_ttt_lm(goldens, ttt_type, case):
+    """The whole layer with ttt-lm's options: no norm of q and k, rotary embedding, the target as it is."""
+    golden = load_file(goldens.parent / "ttt" / f"ttt_{ttt_type}_{case}.safetensors")
+    _, heads, _, head_dim = golden["q"].shape
+    mini_batch_size = golden["token_scale"].numel()
+    config = TTTOmniTextConfig(
+        vocab_size=10,
+        hidden_size=heads * head_dim,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        layer_types=["linear_attention"],
+        ttt_layer_type=ttt_type,
+        ttt_mini_batch_size=mini_batch_size,
+        ttt_qk_norm="none",
+        ttt_base_lr={"linear": 1.0, "mlp": 0.1}[ttt_type],
+        ttt_rope_theta=10000.0,
+        ttt_standardize_target=False,
+    )
+    layer = TTTOmniTextModel(config).double().layers[0].ttt
+    # ttt-lm rotates neighbours, Llama the halves of a head: ours are its channels in another order.
+    pairs = torch.arange(head_dim).view(-1, 2).T.flatten()
+    channels = (torch.arange(heads)[:, None] * head_dim + pairs).flatten()
+    theirs = {name.removeprefix("param."): x for name, x in golden.items() if name.startswith("param.")}
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(layer, name).weight.copy_(theirs[f"{name}.weight"][channels])
+    layer.q_proj.bias.zero_()
+    layer.k_proj.bias.zero_()
+    layer.o_proj.weight.copy_(theirs["o_proj.weight"][:, channels])
+    layer.post_norm.weight.copy_(theirs["post_norm.weight"][channels])
+    layer.post_norm.bias.copy_(theirs["post_norm.bias"][channels])
+    layer.lr_gate.weight.copy_(theirs["learnable_ttt_lr_weight"][:, 0])
+    layer.lr_gate.bias.copy_(theirs["learnable_ttt_lr_bias"][:, 0])
+    layer.token_scale.weight.copy_(theirs["learnable_token_idx"])
+    layer.inner_norm.weight.copy_(theirs["ttt_norm_weight"][:, pairs])
+    layer.inner_norm.bias.copy_(theirs["ttt_norm_bias"][:, pairs])
+    for name, parameter in layer.inner_model.named_parameters():
+        value = theirs[name]
+        value = value[:, pairs] if name == "W1" else value
+        parameter.copy_(value[..., pairs] if value.shape[-1] == head_dim else value)
+
+    torch.testing.assert_close(layer(golden["x"]), golden["y"], rtol=1e-6, atol=1e-6)  # angles are in float32
 
 
 @pytest.mark.parametrize("first", range(0, 300, 50))
@@ -565,6 +612,21 @@ def test_compiles_without_graph_breaks(ttt_type):
         compiled_o, compiled_last = compiled(*(x[:, :, :length] for x in tokens), *parameters, state)
         torch.testing.assert_close(compiled_o, o, rtol=1e-5, atol=1e-5)
         assert_states_close(compiled_last, last, 1e-5)
+
+
+def test_kernels_from_elsewhere(monkeypatch):
+    monkeypatch.setattr(ops_ttt_omni, "ttt_kernels", None)  # which is undone afterwards
+    tokens, parameters, (W1, b1) = random_inputs("linear", 0, rows=1)
+
+    def kernel(q, *arguments):
+        return 2 * q, [x + 1 for x in arguments[6:11]]
+
+    use_kernels(SimpleNamespace(unsupported=lambda *_: None, ttt_linear=kernel))
+    state = TTTLinearState.initial(W1, b1, batch_size=1)
+    o, last = ttt_linear(*tokens, *parameters, state, backend="triton")
+    assert torch.equal(o, 2 * tokens[0])
+    assert torch.equal(last.W1[0], W1 + 1) and torch.equal(last.b1[0], b1 + 1)
+    assert last.position.tolist() == [1] and torch.equal(last.u1, torch.ones(1, 2, 4, 8))
 
 
 @TTT_TYPES

@@ -3,6 +3,7 @@
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM, ttt_lora_config
-from ttt_omni.streaming_ttt_omni import TTTOmniStreamer
 from ttt_omni.training import make_parent
 
 
@@ -165,8 +165,7 @@ def test_stream_is_generate(folder, bits):
     features = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "input_features": features, "max_new_tokens": 8, "do_sample": False}
     out = model.generate(**inputs, return_audio=True)
-    events = []
-    model.generate(**inputs, streamer=TTTOmniStreamer(model, events.append))
+    events = list(model.stream(**inputs, tokenizer=SimpleNamespace(decode=lambda tokens, **kwargs: "")))
     assert [event.token for event in events if event.token is not None] == out.sequences[0, ids.shape[1] :].tolist()
     waveform = torch.cat([event.waveform for event in events if event.waveform is not None])
     torch.testing.assert_close(waveform, out.waveform[0], rtol=0, atol=1e-5)

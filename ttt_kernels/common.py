@@ -60,6 +60,13 @@ def load_rows(x, stride, rows, valid, D: tl.constexpr):
 
 
 @triton.jit
+def load_keys(k, stride, pending_k, slots, taken, end, D: tl.constexpr):
+    """The keys at `slots`: pending ones before slot `taken`, those of tokens from there to `end`, 0 behind."""
+    keys = load_rows(k, stride, slots, (slots >= taken) & (slots < end), D)
+    return keys + load_rows(pending_k, D, slots, slots < taken, D).to(keys.dtype)
+
+
+@triton.jit
 def store_rows(x, stride, rows, valid, value, D: tl.constexpr):
     """Store `value` as the rows of D numbers at `rows` where `valid`."""
     pointers = x + rows[:, None].to(tl.int64) * stride + tl.arange(0, D)[None, :]

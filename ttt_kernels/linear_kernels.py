@@ -23,6 +23,7 @@ from .common import (
     earlier,
     inner_grad,
     layer_norm,
+    load_keys,
     load_rows,
     matrix,
     reach,
@@ -66,14 +67,12 @@ def chain_forward(
     # The first mini-batch, to which the pending rows belong.
     tl.store(W1_group + matrix(D, D), W.to(W1_group.dtype.element_ty))
     tl.store(b1_group + d, b)
-    is_pending = slots < taken
     valid = (slots >= taken) & (slots < end)
-    k_n = load_rows(k, stride_t, slots, valid, D)
-    k_n += load_rows(pending_k + state * M * D, D, slots, is_pending, D).to(k_n.dtype)
+    k_n = load_keys(k, stride_t, pending_k + state * M * D, slots, taken, end, D)
     c = (bias - load_rows(v, stride_t, slots, valid, D).to(tl.float32) + k_n.to(tl.float32)) * w
     lr_n = tl.load(lr + slots * lr_stride_t, mask=valid, other=0.0).to(tl.float32)
     z = dot(k_n, W.to(k_n.dtype), tl.zeros([M, D], tl.float32) + b[None, :])
-    u = inner_grad(z, c, w, lr_n, D) + load_rows(pending_u1 + state * M * D, D, slots, is_pending, D)
+    u = inner_grad(z, c, w, lr_n, D) + load_rows(pending_u1 + state * M * D, D, slots, slots < taken, D)
     store_rows(u1, D, slots, slots < end, u, D)
     complete = end >= M
     step = u * -last_scale
@@ -175,8 +174,7 @@ def outputs(
     z = dot(q_i, tl.load(W1_group + matrix(D, D)), z)
     for j in range(0, block + 1):
         slots_j = slot + j * BLOCK + tl.arange(0, BLOCK)
-        k_j = load_rows(k, stride_t, slots_j, (slots_j >= taken) & (slots_j < end), D)
-        k_j += load_rows(pending_k, D, slots_j, slots_j < taken, D).to(k_j.dtype)
+        k_j = load_keys(k, stride_t, pending_k, slots_j, taken, end, D)
         u_j = load_rows(u1, D, slots_j, slots_j < end, D)
         attention = dot(q_i, tl.trans(k_j), tl.zeros([BLOCK, BLOCK], tl.float32)) + 1
         attention *= -reach(scale, slots, slots_j, M)
@@ -225,14 +223,12 @@ def before_chain_backward(
     slots = slot + block * BLOCK + tl.arange(0, BLOCK)
     valid = (slots >= taken) & (slots < end)
     q_i = load_rows(q, stride_t, slots, valid, D)
-    k_i = load_rows(k, stride_t, slots, valid, D)
-    k_i += load_rows(pending_k, D, slots, slots < taken, D).to(k_i.dtype)
+    k_i = load_keys(k, stride_t, pending_k, slots, taken, end, D)
     b = tl.zeros([BLOCK, D], tl.float32) + tl.load(b1_group + d)[None, :]
     z_q = dot(q_i, tl.load(W1_group + matrix(D, D)), b)
     for j in range(0, block + 1):
         slots_j = slot + j * BLOCK + tl.arange(0, BLOCK)
-        k_j = load_rows(k, stride_t, slots_j, (slots_j >= taken) & (slots_j < end), D)
-        k_j += load_rows(pending_k, D, slots_j, slots_j < taken, D).to(k_j.dtype)
+        k_j = load_keys(k, stride_t, pending_k, slots_j, taken, end, D)
         u_j = load_rows(u1, D, slots_j, slots_j < end, D)
         attention = dot(q_i, tl.trans(k_j), tl.zeros([BLOCK, BLOCK], tl.float32)) + 1
         z_q = dot((-attention * reach(scale, slots, slots_j, M)).to(u_j.dtype), u_j, z_q)
@@ -268,8 +264,7 @@ def before_chain_backward(
     last_scale = tl.load(scale + M - 1)
     for j in range(0, block + 1):
         slots_j = slot + j * BLOCK + tl.arange(0, BLOCK)
-        k_j = load_rows(k, stride_t, slots_j, (slots_j >= taken) & (slots_j < end), D)
-        k_j += load_rows(pending_k, D, slots_j, slots_j < taken, D).to(k_j.dtype)
+        k_j = load_keys(k, stride_t, pending_k, slots_j, taken, end, D)
         u_j = load_rows(u1, D, slots_j, slots_j < end, D)
         attention = dot(k_i, tl.trans(k_j), tl.zeros([BLOCK, BLOCK], tl.float32)) + 1
         attention = tl.where(earlier(slots, slots_j, M), -last_scale * attention, 0.0)
@@ -430,8 +425,7 @@ def after_chain_backward(
     slots = slot + block * BLOCK + tl.arange(0, BLOCK)
     exists = slots < end
     valid = (slots >= taken) & exists
-    k_i = load_rows(k, stride_t, slots, valid, D)
-    k_i += load_rows(pending_k, D, slots, slots < taken, D).to(k_i.dtype)
+    k_i = load_keys(k, stride_t, pending_k, slots, taken, end, D)
 
     w = tl.load(ln_weight + head * D + d)[None, :]
     bias = tl.load(ln_bias + head * D + d)[None, :]
@@ -460,8 +454,7 @@ def after_chain_backward(
     last_scale = tl.load(scale + M - 1)
     for j in range(0, block + 1):  # what the model had learned before token i
         slots_j = slot + j * BLOCK + tl.arange(0, BLOCK)
-        k_j = load_rows(k, stride_t, slots_j, (slots_j >= taken) & (slots_j < end), D)
-        k_j += load_rows(pending_k, D, slots_j, slots_j < taken, D).to(k_j.dtype)
+        k_j = load_keys(k, stride_t, pending_k, slots_j, taken, end, D)
         u_j = tl.trans(load_rows(u1, D, slots_j, slots_j < end, D))
         attention = dot(dz_q_i, u_j, zeros) * -reach(scale, slots, slots_j, M)
         dq_i = dot(attention.to(k_j.dtype), k_j, dq_i)

@@ -15,7 +15,7 @@ the model at each of them.
 import triton
 import triton.language as tl
 
-from .common import EPS, dot, layer_norm, load_rows, matrix, reach, row_means, slot_0, span, store_rows
+from .common import EPS, dot, layer_norm, load_keys, load_rows, matrix, reach, row_means, slot_0, span, store_rows
 
 
 @triton.jit
@@ -43,6 +43,15 @@ def tile(rows, stride: tl.constexpr, first, columns: tl.constexpr):
 
 
 @triton.jit
+def sum_parts(parts, stride: tl.constexpr, count: tl.constexpr):
+    """The sum of what `count` programs have left, `stride` numbers apart."""
+    total = tl.load(parts)
+    for i in tl.static_range(1, count):
+        total += tl.load(parts + i * stride)
+    return total
+
+
+@triton.jit
 def output_grad(z2, target, w, bias, D: tl.constexpr):
     """LN(z2), 1 / its standard deviation, e = (LN(z2) w + bias - target) w and its means, and g2."""
     x, rstd = layer_norm(z2, D)
@@ -64,6 +73,7 @@ def chain_step(
     For D of the F hidden units: end mini-batch n - 1 with an update of W1, b1, W2, b2 in place, and begin mini-batch n
     with these units' part of its z2, which the next launch adds up. `h` and `z2` are for the backward pass.
     """
+    BLOCKS: tl.constexpr = F // D
     block, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     first, taken, end, group = span(row, position, starts, ends, T, PACKED, M, G * M)
     count = tl.cdiv(end, M)
@@ -81,7 +91,7 @@ def chain_step(
     W2 += state * F * D + W2_tile
     pending_k += state * M * D
     pending_x2 += state * M * F
-    z2_parts += state * 8 * M * D + rows_d
+    z2_parts += state * 2 * BLOCKS * M * D + rows_d
     is_last = n == count
     slot = state * S + n % S
     saved = group + head.to(tl.int64) * groups + n // G
@@ -112,9 +122,7 @@ def chain_step(
         lr_n = tl.load(lr + slots * lr_stride_t, mask=valid, other=0.0).to(tl.float32)
         w, bias = tl.load(ln_weight + head * D + d)[None, :], tl.load(ln_bias + head * D + d)[None, :]
         b_2 = tl.load(b2_slot + before * D + d)
-        parts = z2_parts + (n - 1) % 2 * 4 * M * D
-        z = tl.load(parts) + tl.load(parts + M * D) + tl.load(parts + 2 * M * D) + tl.load(parts + 3 * M * D)
-        z += b_2[None, :]
+        z = sum_parts(z2_parts + (n - 1) % 2 * BLOCKS * M * D, M * D, BLOCKS) + b_2[None, :]
         if z2 is not None:
             if block == 0:
                 tl.store(z2 + before * M * D + rows_d, z)
@@ -182,7 +190,7 @@ def chain_step(
             tl.store(W2_group + saved * F * D + W2_tile, W_2)
     tl.store(W2_slot + slot * F * D + W2_tile, W_2.to(W2_slot.dtype.element_ty))
     z_2 = dot(x2_n.to(k_n.dtype), W_2.to(k_n.dtype), tl.zeros([M, D], tl.float32))
-    tl.store(z2_parts + (n % 2 * 4 + block) * M * D, z_2)
+    tl.store(z2_parts + (n % 2 * BLOCKS + block) * M * D, z_2)
     if block == 0:
         tl.store(b2_slot + slot * D + d, b_2)
         if SAVE:
@@ -218,8 +226,7 @@ def outputs(
     slots = n * M + m
     valid = (slots >= taken) & (slots < end)
     q_n = load_rows(q + token, stride_t, slots, valid, D)
-    k_n = load_rows(k + token, stride_t, slots, valid, D)
-    k_n += load_rows(pending_k + state * M * D, D, slots, slots < taken, D).to(k_n.dtype)
+    k_n = load_keys(k + token, stride_t, pending_k + state * M * D, slots, taken, end, D)
 
     reached = reach(scale, slots, slots, M)
     attention = dot(q_n, tl.trans(k_n), tl.zeros([M, M], tl.float32)) + 1
@@ -250,6 +257,7 @@ def outputs_backward(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of the outputs of one mini-batch to those of its queries, and of all that they have read."""
+    BLOCKS: tl.constexpr = F // D
     n, head, row = first_n + tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     first, taken, end, _ = span(row, position, starts, ends, T, PACKED, M, M)
     if n * M >= end:
@@ -267,8 +275,7 @@ def outputs_backward(
     slots = n * M + m
     valid = (slots >= taken) & (slots < end)
     q_n = load_rows(q + token, stride_t, slots, valid, D)
-    k_n = load_rows(k + token, stride_t, slots, valid, D)
-    k_n += load_rows(pending_k + state * M * D, D, slots, slots < taken, D).to(k_n.dtype)
+    k_n = load_keys(k + token, stride_t, pending_k + state * M * D, slots, taken, end, D)
     w = tl.load(ln_weight + head * D + d)[None, :]
     u2_n = tl.load(u2 + rows_d)
 
@@ -326,7 +333,7 @@ def outputs_backward(
     dattention = (dattention * causal).to(k_n.dtype)
     store_rows(dq + token, stride_t, slots, valid, dot(dattention, k_n, dq_n), D)
     dk = dot(tl.trans(dattention), q_n, tl.zeros([M, D], tl.float32))
-    tl.store(dk_parts + (slot * 5 + 4) * M * D + matrix(M, D), dk)
+    tl.store(dk_parts + (slot * (BLOCKS + 1) + BLOCKS) * M * D + matrix(M, D), dk)
     tl.store(dscale + (state * G + tl.program_id(0)) * M + m, dscale_n)
 
 
@@ -360,6 +367,7 @@ def chain_step_backward(
     gradients dW1, db1, dW2, db2 in place, to those of the model before it, and begin mini-batch n with these units'
     part of its dg2, which the next launch adds up.
     """
+    BLOCKS: tl.constexpr = F // D
     block, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     first, taken, end, _ = span(row, position, starts, ends, T, PACKED, M, M)
     count = tl.cdiv(end, M)
@@ -378,8 +386,8 @@ def chain_step_backward(
     dW1 += state * D * F
     db1 += state * F + f + d
     dW2 += state * F * D
-    db2 += (state * 4 + block) * D + d
-    dg2_parts += state * 8 * M * D + rows_d
+    db2 += (state * BLOCKS + block) * D + d
+    dg2_parts += state * 2 * BLOCKS * M * D + rows_d
     dh += state * 2 * M * F + rows_f
     carried += state * 2 * M * F + rows_f
     pending_rows_d, pending_rows_f = state * M * D + rows_d, state * M * F + rows_f
@@ -404,8 +412,7 @@ def chain_step_backward(
         if after * M + M > end:
             dg += tl.load(dpending_u2_out + pending_rows_d, mask=(slots < end)[:, None], other=0.0)
         dg *= lr_n[:, None]
-        parts = dg2_parts + after % 2 * 4 * M * D
-        dg += tl.load(parts) + tl.load(parts + M * D) + tl.load(parts + 2 * M * D) + tl.load(parts + 3 * M * D)
+        dg += sum_parts(dg2_parts + after % 2 * BLOCKS * M * D, M * D, BLOCKS)
         dz, de = output_grad_backward(dg, x, rstd, e, mean_e, mean_ex, w, D)
         if block == 0:
             tl.store(dg2 + slot * M * D + rows_d, dg)
@@ -426,7 +433,7 @@ def chain_step_backward(
         dW_1 = tl.load(dW1 + W1_tile)
         dk = dot(tl.load(u1 + slot * M * F + rows_f), tl.trans(dW_1.to(k_n.dtype)), zeros) * learned
         dk = dot(dz_1, tl.trans(tl.load(W1_slot + slot * D * F + W1_tile)), dk)
-        tl.store(dk_parts + (slot * 5 + block) * M * D + rows_d, dk)
+        tl.store(dk_parts + (slot * (BLOCKS + 1) + block) * M * D + rows_d, dk)
         dW_1 = dot(tl.trans(k_n), dz_1, dW_1)
         dW_1 = dot(tl.trans(load_rows(q, stride_t, slots, valid, D)), dy, dW_1)
         db_1 = tl.load(db1) + tl.sum(dz_1.to(tl.float32) + dy.to(tl.float32), axis=0)
@@ -450,7 +457,7 @@ def chain_step_backward(
             tl.store(db2_slot + slot * D + d, tl.load(db2))
         taught_1 = dot(k_n, tl.load(dW1 + W1_tile).to(k_n.dtype), zeros) + tl.load(db1)[None, :]
         u_1 = tl.load(u1 + slot * M * F + rows_f).to(tl.float32)
-        tl.store(row_parts + ((slot * 4 + block) * 2 + 1) * M + m, tl.sum(u_1 * taught_1, axis=1))
+        tl.store(row_parts + ((slot * BLOCKS + block) * 2 + 1) * M + m, tl.sum(u_1 * taught_1, axis=1))
         du_1 = tl.load(du1 + slot * M * F + rows_f) + learned * taught_1
         if n * M + M > end:
             du_1 += tl.load(dpending_u1_out + pending_rows_f, mask=kept, other=0.0)
@@ -459,7 +466,7 @@ def chain_step_backward(
         z_1 = tl.load(z1 + slot * M * F + rows_f)
         h_n = tl.load(h + slot * M * F + rows_f)
         x_2, derivative = gelu(z_1)
-        tl.store(row_parts + (slot * 4 + block) * 2 * M + m, tl.sum(du_1 * h_n * derivative, axis=1))
+        tl.store(row_parts + (slot * BLOCKS + block) * 2 * M + m, tl.sum(du_1 * h_n * derivative, axis=1))
         dg_1 = lr_n[:, None] * du_1
         dh_n = (dg_1 * derivative).to(k_n.dtype)
         tl.store(dh + n % 2 * M * F, dh_n)
@@ -474,9 +481,9 @@ def chain_step_backward(
             tl.store(dpending_x2 + pending_rows_f, dx2_n, mask=is_pending)
         tl.store(carried + n % 2 * M * F, carried_n + dx2_n * derivative)
         taught_2 = dot(tl.load(x2 + slot * M * F + rows_f), dW_2, zeros)
-        tl.store(taught + (slot * 4 + block) * M * D + rows_d, taught_2)
+        tl.store(taught + (slot * BLOCKS + block) * M * D + rows_d, taught_2)
         dg = dot(dh_n, tl.load(W2_slot + slot * F * D + W2_tile), (learned * lr_n)[:, None] * taught_2)
-        tl.store(dg2_parts + (n % 2 * 4 + block) * M * D, dg)
+        tl.store(dg2_parts + (n % 2 * BLOCKS + block) * M * D, dg)
 
 
 @triton.jit(do_not_specialize=["first_n", "T", "S"])
@@ -487,6 +494,7 @@ def tokens_backward(
     PACKED: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """What is left when the chain has passed a mini-batch: the gradients of its keys, values and learning rates."""
+    BLOCKS: tl.constexpr = F // D
     n, head, row = first_n + tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     first, taken, end, _ = span(row, position, starts, ends, T, PACKED, M, M)
     if n * M >= end:
@@ -501,8 +509,7 @@ def tokens_backward(
     is_pending = slots < taken
     valid = (slots >= taken) & (slots < end)
     kept = (slots < end) & (slots >= end // M * M)
-    k_n = load_rows(k + token, stride_t, slots, valid, D).to(tl.float32)
-    k_n += load_rows(pending_k + state * M * D, D, slots, is_pending, D).to(k.dtype.element_ty).to(tl.float32)
+    k_n = load_keys(k + token, stride_t, pending_k + state * M * D, slots, taken, end, D).to(tl.float32)
     target = load_rows(v + token, stride_t, slots, valid, D).to(tl.float32) - k_n
     w, bias = tl.load(ln_weight + head * D + d)[None, :], tl.load(ln_bias + head * D + d)[None, :]
     x, rstd, e, mean_e, mean_ex, g2 = output_grad(tl.load(z2 + rows_d), target, w, bias, D)
@@ -515,13 +522,13 @@ def tokens_backward(
     store_rows(dv + token, stride_t, slots, valid, -de, D)
 
     taught_n = tl.zeros([M, D], tl.float32) + tl.load(db2_slot + slot * D + d)[None, :]
-    dk_n = de + tl.load(dk_parts + (slot * 5 + 4) * M * D + matrix(M, D))
+    dk_n = de + tl.load(dk_parts + (slot * (BLOCKS + 1) + BLOCKS) * M * D + matrix(M, D))
     dlr_n, dlast_scale = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
-    for block in tl.static_range(4):
-        taught_n += tl.load(taught + (slot * 4 + block) * M * D + matrix(M, D))
-        dk_n += tl.load(dk_parts + (slot * 5 + block) * M * D + matrix(M, D))
-        dlr_n += tl.load(row_parts + (slot * 4 + block) * 2 * M + m)
-        dlast_scale += tl.load(row_parts + ((slot * 4 + block) * 2 + 1) * M + m)
+    for block in tl.static_range(BLOCKS):
+        taught_n += tl.load(taught + (slot * BLOCKS + block) * M * D + matrix(M, D))
+        dk_n += tl.load(dk_parts + (slot * (BLOCKS + 1) + block) * M * D + matrix(M, D))
+        dlr_n += tl.load(row_parts + (slot * BLOCKS + block) * 2 * M + m)
+        dlast_scale += tl.load(row_parts + ((slot * BLOCKS + block) * 2 + 1) * M + m)
     dlast_scale += tl.sum(tl.load(u2 + rows_d).to(tl.float32) * taught_n, axis=1)
     complete = n * M + M <= end
     du2_n = tl.load(du2 + rows_d) - tl.where(complete, tl.load(scale + M - 1), 0.0) * taught_n
