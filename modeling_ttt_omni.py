@@ -609,7 +609,6 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         unit_labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         loss_chunk_size: int | None = None,
@@ -628,13 +627,16 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
             unit_labels: `[B, U]`, speech units of each row's response, padded with -100; needs `labels`. Or `[N, U]`,
                 where rows hold several responses: one for each unbroken run of `labels`, a row without any counting
                 as one.
-            shift_labels: `[B, T]`, what each position predicts, in place of `labels` shifted by one.
             logits_to_keep: compute the logits of the last so many positions only, 0 for all.
             loss_chunk_size: with `labels`, never hold the logits of more positions, and return none.
+            kwargs: `shift_labels` `[B, T]`, what each position predicts, in place of `labels` shifted by one, and what
+                else `TransformersKwargs` lists.
 
         Raises:
+            TypeError: an argument that is not known.
             ValueError: inputs that do not fit together, or a part that this model does not have.
         """
+        shift_labels = kwargs.pop("shift_labels", None)  # no parameter, as a trainer would ask for it in every batch
         outputs = self.model(
             input_ids=input_ids,
             input_features=input_features,

@@ -106,19 +106,17 @@ def test_what_any_quantiser_leaves(full):
     patterns = HfQuantizer.get_modules_to_not_convert(full, ["nothing"], full._keep_in_fp32_modules)
     linear = {name for name, module in full.named_modules() if isinstance(module, torch.nn.Linear)}
     # Some quantisers ask by the names of modules, some by those of parameters.
-    assert {name for name in linear if not should_convert_module(name, patterns)} == KEPT
-    assert {name for name in linear if not should_convert_module(f"{name}.weight", patterns)} == KEPT
-    in_float32 = {name for name, x in full.named_parameters() if not should_convert_module(name, patterns)}
-    for part in ("ttt_gate", "ttt.token_scale", "ttt.inner_norm", "ttt.inner_model", "ttt.post_norm"):
-        names = {name for name, _ in full.named_parameters() if f".{part}." in name}
-        assert names and names <= in_float32, part
+    assert {name for name in linear if not should_convert_module(name, patterns)} == KEPT - {"lm_head"}
+    assert {name for name in linear if not should_convert_module(f"{name}.weight", patterns)} == KEPT - {"lm_head"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_what_quantisers_leave_has_the_dtype_of_the_model(folder, dtype):
+    """In bfloat16; in float16 it is in float32, which is what Transformers' list of it means."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     in_float32 = {name for name, x in model.named_parameters() if x.dtype == torch.float32}
-    parts = ("ttt.inner_model.", "ttt.inner_norm.", "ttt.token_scale.", "ttt_gate.", "vocoder.")
+    parts = ["ttt.inner_model.", "ttt.inner_norm.", "ttt.token_scale.", "ttt_gate.", "vocoder."]
+    parts += ["lr_gate.", "input_proj.", "output_proj."] if dtype == torch.float16 else []
     assert in_float32 == {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
     assert {x.dtype for x in model.parameters()} == {dtype, torch.float32}
     output = model(INPUT_IDS, labels=LABELS, unit_labels=torch.arange(10)[None])
@@ -129,7 +127,7 @@ def test_what_quantisers_leave_has_the_dtype_of_the_model(folder, dtype):
 @pytest.mark.parametrize("bits", BITS)
 def test_what_is_quantised(folder, full, bits, kwargs):
     model = quantised(folder, bits, **kwargs)
-    assert kept(model) == KEPT
+    assert kept(model) == KEPT - ({"lm_head"} if kwargs else set())
     storage = torch.int8 if bits == "8 bit" else torch.uint8
     assert {x.dtype for x in model.parameters()} == {torch.float32, storage}
     with torch.no_grad():
@@ -143,7 +141,7 @@ def test_tied_embeddings(tmp_path, bits):
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
     torch.manual_seed(0)
     TTTOmniForCausalLM(config).save_pretrained(tmp_path)
-    model = quantised(tmp_path, bits, **SKIP_NOTHING)
+    model = quantised(tmp_path, bits)
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert model(INPUT_IDS).logits.isfinite().all()
 
@@ -196,7 +194,7 @@ def test_adapter_on_a_quantised_model(folder, bits, dtype, prepare):
     for name, x in trained.items():
         assert x.grad is not None and x.grad.isfinite().all() and x.grad.any(), name
     optimizer, losses = torch.optim.AdamW(trained.values(), lr=1e-2), []
-    for _ in range(4):
+    for _ in range(8):
         optimizer.zero_grad()
         losses.append(step().loss)
         losses[-1].backward()
