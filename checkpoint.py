@@ -207,9 +207,9 @@ def check_dtype(tensor: LazyTensor) -> None:
         raise ConversionError(f"{tensor.origin} is of dtype {tensor.dtype}, not one of {', '.join(DTYPES)}.")
 
 
-def _first(names: list[str], count: int = 3) -> str:
-    rest = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + rest
+def _first(names: list[str]) -> str:
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest
 
 
 def write_checkpoint(

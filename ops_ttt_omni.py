@@ -57,10 +57,6 @@ class TTTState:
         to_cpu = device.type == "cpu"  # where nobody would wait for the copy before reading it
         return self.map(lambda x: x.to(device, non_blocking=not to_cpu))
 
-    def detach(self) -> "TTTState":
-        """The state cut off from the autograd graph, as for truncated backpropagation through time."""
-        return self.map(torch.Tensor.detach)
-
     def clone(self) -> "TTTState":
         """A copy that shares no memory with this state, nor among its rows."""
         return self.map(lambda x: x.clone(memory_format=torch.contiguous_format))

@@ -77,12 +77,12 @@ print(json.dumps({
 """
 
 
-def make_speech_model(folder: Path) -> None:
+def make_speech_model(folder: Path, num_layers: int = 2) -> None:
     """A small random HuBERT."""
     torch.manual_seed(0)
     config = HubertConfig(
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=2,
         intermediate_size=64,
         conv_dim=(16,) * 7,

@@ -140,13 +140,7 @@ class Conversation:
     """
 
     def __init__(
-        self,
-        model: str,
-        device: str,
-        dtype: str,
-        memory: str | None,
-        skip_silence: bool,
-        max_new_tokens: int = 256,
+        self, model: str, device: str, dtype: str, memory: str | None, skip_silence: bool, max_new_tokens: int
     ):
         _check_model(model, max_new_tokens)
         device = _check_device(device)

@@ -1,7 +1,10 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
-"""Layouts of layers that the tests run on, and prompts for them."""
+"""Layouts of layers that the tests run on, small models of them, and prompts for them."""
 
+import numpy as np
 import torch
+
+from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM, TTTOmniTextConfig
 
 
 LAYERS = {
@@ -43,3 +46,32 @@ def pad(rows, side):
         columns = slice(length - len(ids), length) if side == "left" else slice(0, len(ids))
         input_ids[row, columns], attention_mask[row, columns] = ids, 1
     return input_ids, attention_mask
+
+
+def text_model(layer_types, seed=0, **kwargs):
+    """A random language model of so many small layers."""
+    torch.manual_seed(seed)
+    config = TTTOmniTextConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=len(layer_types),
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+        layer_types=layer_types,
+        ttt_mini_batch_size=4,
+        **kwargs,
+    )
+    return TTTOmniForCausalLM(TTTOmniConfig(text_config=config)).eval()
+
+
+def sound(seconds: float, seed: int = 0) -> np.ndarray:
+    """Noise that comes and goes, at 16 kHz."""
+    time = np.arange(int(16000 * seconds)) / 16000
+    noise = np.random.default_rng(seed).standard_normal(len(time))
+    return (0.1 * noise * np.sin(2 * np.pi * time) ** 2).astype(np.float32)
+
+
+def assert_close(actual, expected, tolerance=1e-4):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from layouts import pad, random_rows
+from layouts import assert_close, pad, random_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -104,10 +104,6 @@ def grafts(sources, tmp_path_factory):
         return source, TTTOmniForCausalLM.from_pretrained(output).eval()
 
     return make
-
-
-def assert_close(actual, expected, tolerance=1e-4):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 @ALL

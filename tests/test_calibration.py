@@ -6,27 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from layouts import text_model
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 import ttt_omni
-from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM, TTTOmniTextConfig
 from ttt_omni.commands.cli import main
 from ttt_omni.training import calibrate
-
-
-def text_model(layer_types, **kwargs):
-    torch.manual_seed(0)
-    config = TTTOmniTextConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=len(layer_types),
-        num_attention_heads=2,
-        layer_types=layer_types,
-        ttt_mini_batch_size=4,
-        **kwargs,
-    )
-    return TTTOmniForCausalLM(TTTOmniConfig(text_config=config)).eval()
 
 
 def batch_of(lengths, padding_side):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from layouts import sound
 from safetensors.torch import load_file
 
 from ttt_omni.commands import chat
@@ -22,11 +23,6 @@ from ttt_omni.memory_ttt_omni import memory_metadata
 
 
 RATE = 16000
-
-
-def sound(seconds: float, seed: int = 0) -> np.ndarray:
-    noise = np.random.default_rng(seed).standard_normal(int(seconds * RATE))
-    return (0.05 * noise).astype(np.float32)
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from transformers import AutoConfig, AutoProcessor, HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
+from transformers import AutoConfig, AutoProcessor, HubertModel, Wav2Vec2FeatureExtractor
 
 import ttt_omni
+from ttt_omni.benchmarks.finetuning import make_speech_model
+from ttt_omni.examples import extract_units, speak
 from ttt_omni.training import ConversationDataset, ManifestError
 
 
@@ -38,24 +40,6 @@ if "nothing" in text:
 tone = 0.27 * np.sin(0.03 * (np.arange(220 * len(text) * ("silence" not in text)) + len(text)))
 soundfile.write(output, np.stack([tone, tone], axis=1), 22050)
 """
-
-
-@pytest.fixture(scope="module")
-def speak():
-    sys.path.insert(0, str(EXAMPLES))
-    import speak
-
-    yield speak
-    sys.path.remove(str(EXAMPLES))
-
-
-@pytest.fixture(scope="module")
-def extract_units():
-    sys.path.insert(0, str(EXAMPLES))
-    import extract_units
-
-    yield extract_units
-    sys.path.remove(str(EXAMPLES))
 
 
 @pytest.fixture
@@ -104,7 +88,7 @@ def test_spoken_conversations(command, tmp_path):
 
 
 @pytest.mark.parametrize("text", [NASTY, "-version"])
-def test_text_as_an_argument(speak, command, tmp_path, text):
+def test_text_as_an_argument(command, tmp_path, text):
     texts = write_texts(tmp_path / "texts.jsonl", (text, "Yes."))
     speak.speak(texts, tmp_path / "spoken", f"{command} {{text}}", ["v"], None)
     ((voice, heard),) = said(tmp_path)
@@ -114,7 +98,7 @@ def test_text_as_an_argument(speak, command, tmp_path, text):
     assert "speech" not in json.loads(line)["conversations"][1]
 
 
-def test_recordings_are_kept(speak, command, tmp_path):
+def test_recordings_are_kept(command, tmp_path):
     folder = tmp_path / "spoken"
 
     def run(*conversations, voice="v"):
@@ -150,7 +134,7 @@ def test_recordings_are_kept(speak, command, tmp_path):
         (None, "No such file.*texts.jsonl"),
     ],
 )
-def test_texts_that_cannot_be_spoken(speak, command, tmp_path, monkeypatch, capsys, texts, message):
+def test_texts_that_cannot_be_spoken(command, tmp_path, monkeypatch, capsys, texts, message):
     path = tmp_path / "texts.jsonl"
     if isinstance(texts, str):
         path.write_text(texts)
@@ -171,21 +155,21 @@ def test_texts_that_cannot_be_spoken(speak, command, tmp_path, monkeypatch, caps
         ("echo '{output}", "cannot be split into words: No closing quotation"),
     ],
 )
-def test_commands_that_will_not_do(speak, tmp_path, command, message):
+def test_commands_that_will_not_do(tmp_path, command, message):
     texts = write_texts(tmp_path / "texts.jsonl", ("Hi", "Ho"))
     with pytest.raises((ValueError, OSError), match=message):
         speak.speak(texts, tmp_path / "spoken", command, ["v"], None)
     assert not (tmp_path / "spoken").exists()
 
 
-def test_already_spoken(speak, command, tmp_path):
+def test_already_spoken(command, tmp_path):
     texts = write_texts(tmp_path / "texts.jsonl", (QUESTION, "Yes."))
     texts.write_text(json.dumps(json.loads(texts.read_text()) | {"speech": "a.wav"}))
     with pytest.raises(ManifestError, match="line 1: it has <speech> already"):
         speak.speak(texts, tmp_path / "spoken", command, ["v"], None)
 
 
-def test_corpus_of_the_examples(speak):
+def test_corpus_of_the_examples():
     lines = [line["conversations"] for _, line in speak.conversations(EXAMPLES / "conversations.jsonl")]
     assert len(lines) == 40 and sum(len(turns) > 2 for turns in lines) >= 5
     assert all(turn["value"].strip() for turns in lines for turn in turns)
@@ -197,18 +181,7 @@ def test_corpus_of_the_examples(speak):
 @pytest.fixture(scope="module")
 def hubert(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hubert")
-    torch.manual_seed(0)
-    config = HubertConfig(
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=64,
-        conv_dim=(16,) * 7,
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=4,
-    )
-    HubertModel(config).save_pretrained(folder)
-    Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder)
+    make_speech_model(folder, num_layers=3)
     return folder
 
 
@@ -262,7 +235,7 @@ def units_in(manifest):
 
 
 @pytest.mark.parametrize("layer, piece", [(1, None), (3, None), (2, 16000)])
-def test_units_equal_a_plain_computation(extract_units, hubert, answers, kmeans, monkeypatch, layer, piece):
+def test_units_equal_a_plain_computation(hubert, answers, kmeans, monkeypatch, layer, piece):
     """Pieces: of the second answer's 34,000 samples, two of 49 frames, and one of 6."""
     manifest, recordings = answers
     if piece is not None:
@@ -280,7 +253,7 @@ def test_units_equal_a_plain_computation(extract_units, hubert, answers, kmeans,
     assert lines == [json.loads(line) for line in manifest.read_text().splitlines()]
 
 
-def test_a_piece_too_short_for_a_frame(extract_units, hubert, tmp_path, monkeypatch):
+def test_a_piece_too_short_for_a_frame(hubert, tmp_path, monkeypatch):
     monkeypatch.setattr(extract_units, "PIECE_SECONDS", 1)
     samples = torch.randn(16399, generator=torch.Generator().manual_seed(0))
     soundfile.write(tmp_path / "a.wav", samples.numpy(), 16000, subtype="FLOAT")
@@ -289,7 +262,7 @@ def test_a_piece_too_short_for_a_frame(extract_units, hubert, tmp_path, monkeypa
     assert len(frames) == 49
 
 
-def test_other_rates_and_channels(extract_units, hubert, tmp_path):
+def test_other_rates_and_channels(hubert, tmp_path):
     tone = np.sin(np.arange(16000) * 0.05)
     soundfile.write(tmp_path / "a.wav", tone, 16000, subtype="FLOAT")
     soundfile.write(tmp_path / "b.wav", np.sin(np.arange(44100) * 0.05 * 16 / 44.1)[:, None].repeat(2, 1), 44100)
@@ -297,7 +270,7 @@ def test_other_rates_and_channels(extract_units, hubert, tmp_path):
     torch.testing.assert_close(frames[1][5:-5], frames[0][5:-5], atol=0.05, rtol=0.05)
 
 
-def test_units_are_trained_on(extract_units, hubert, answers, kmeans, tiny_model_dir):
+def test_units_are_trained_on(hubert, answers, kmeans, tiny_model_dir):
     manifest, _ = answers
     output = manifest.with_name("units.jsonl")
     extract_units.extract(manifest, output, str(hubert), 2, kmeans, fit=None)
@@ -308,7 +281,7 @@ def test_units_are_trained_on(extract_units, hubert, answers, kmeans, tiny_model
     assert labels == [units_in(output)[0], []]
 
 
-def test_sampled_frames(extract_units):
+def test_sampled_frames():
     """5,000 of 20,000 frames, none twice, of which every tenth of them has about 500 (19 is a standard deviation)."""
     frames = np.arange(20000, dtype=np.float32)[:, None] * [1, -1]
     recordings = np.split(frames, (3, 400, 7000, 7001))
@@ -320,7 +293,7 @@ def test_sampled_frames(extract_units):
     assert np.array_equal(extract_units.sample_frames(recordings, 30000), frames)
 
 
-def test_fitted_clusters(extract_units, hubert, answers, tmp_path):
+def test_fitted_clusters(hubert, answers, tmp_path):
     pytest.importorskip("sklearn")
     manifest, recordings = answers
     output, kmeans = manifest.with_name("units.jsonl"), tmp_path / "fitted.npy"
@@ -341,7 +314,7 @@ def test_fitted_clusters(extract_units, hubert, answers, tmp_path):
     assert not (tmp_path / "new.npy").exists()
 
 
-def test_fitting_without_scikit_learn(extract_units, monkeypatch):
+def test_fitting_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
     with pytest.raises(ValueError, match="needs scikit-learn .*pip install scikit-learn"):
         extract_units.fit_centroids(np.zeros((4, 2)), 2)
@@ -368,7 +341,7 @@ def many_answers(tmp_path):
 
 
 @pytest.fixture
-def interrupt(extract_units, monkeypatch):
+def interrupt(monkeypatch):
     """Makes units as `extract` does, but ends as by Ctrl-C when `number` recordings have been encoded."""
 
     def interrupt(number, *arguments, **options):
@@ -386,7 +359,7 @@ def interrupt(extract_units, monkeypatch):
     return interrupt
 
 
-def test_killed_and_resumed_units_are_the_same(extract_units, hubert, many_answers, kmeans, monkeypatch):
+def test_killed_and_resumed_units_are_the_same(hubert, many_answers, kmeans, monkeypatch):
     manifest, record = many_answers
     whole, output = manifest.with_name("whole.jsonl"), manifest.with_name("units.jsonl")
     partial = output.with_name("units.jsonl.partial")
@@ -410,7 +383,7 @@ def test_killed_and_resumed_units_are_the_same(extract_units, hubert, many_answe
 
 
 @pytest.mark.parametrize("cut", [1, 30, 10000])
-def test_half_a_line_is_made_again(extract_units, interrupt, hubert, many_answers, kmeans, cut):
+def test_half_a_line_is_made_again(interrupt, hubert, many_answers, kmeans, cut):
     """As where the disk was full: the last of three lines ends early, or all of them, and the settings, are lost."""
     manifest, _ = many_answers
     whole, output = manifest.with_name("whole.jsonl"), manifest.with_name("units.jsonl")
@@ -427,7 +400,7 @@ def test_half_a_line_is_made_again(extract_units, interrupt, hubert, many_answer
     assert output.read_bytes() == whole.read_bytes()
 
 
-def test_fitted_and_interrupted(extract_units, interrupt, hubert, many_answers, tmp_path):
+def test_fitted_and_interrupted(interrupt, hubert, many_answers, tmp_path):
     pytest.importorskip("sklearn")
     manifest, record = many_answers
     whole, output = manifest.with_name("whole.jsonl"), manifest.with_name("units.jsonl")
@@ -445,7 +418,7 @@ def test_fitted_and_interrupted(extract_units, interrupt, hubert, many_answers, 
     assert output.read_bytes() == whole.read_bytes()
 
 
-def test_begun_with_something_else(extract_units, interrupt, hubert, many_answers, kmeans, tmp_path):
+def test_begun_with_something_else(interrupt, hubert, many_answers, kmeans, tmp_path):
     manifest, _ = many_answers
     output, partial = manifest.with_name("units.jsonl"), manifest.with_name("units.jsonl.partial")
     interrupt(3, manifest, output, str(hubert), 2, kmeans, fit=None)
@@ -498,7 +471,7 @@ def test_begun_with_something_else(extract_units, interrupt, hubert, many_answer
         ({"manifest": "bad.jsonl"}, "bad.jsonl, line 1: not JSON"),
     ],
 )
-def test_what_has_no_units(extract_units, hubert, answers, kmeans, tmp_path, monkeypatch, capsys, change, message):
+def test_what_has_no_units(hubert, answers, kmeans, tmp_path, monkeypatch, capsys, change, message):
     monkeypatch.chdir(tmp_path)
     soundfile.write("short.wav", np.zeros(399), 16000)
     Path("pickle.bin").write_bytes(b"\x80\x04\x95 no numbers")
@@ -519,7 +492,7 @@ def test_what_has_no_units(extract_units, hubert, answers, kmeans, tmp_path, mon
     assert set(tmp_path.iterdir()) - {tmp_path / "units.jsonl.partial"} == before
 
 
-def test_a_model_of_spectrograms(extract_units, tmp_path):
+def test_a_model_of_spectrograms(tmp_path):
     from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 8, "max_source_positions": 8}

@@ -7,35 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from layouts import text_model
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import ttt_omni
-from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM, TTTOmniTextConfig, ttt_lora_config
+from ttt_omni import ttt_lora_config
 from ttt_omni.conversion import ConversionError
 from ttt_omni.training import layer_matching_loss, logit_matching_loss, make_parent
 
 
 EXAMPLES = Path(ttt_omni.__file__).parent / "examples"
 WINDOW = {"sliding_window": 5, "attention_sinks": 2}
-
-
-def text_model(layer_types, seed=0, **kwargs):
-    torch.manual_seed(seed)
-    config = TTTOmniTextConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=len(layer_types),
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-        layer_types=layer_types,
-        ttt_mini_batch_size=4,
-        **kwargs,
-    )
-    return TTTOmniForCausalLM(TTTOmniConfig(text_config=config)).eval()
 
 
 def grafts(layer_types, source, **kwargs):

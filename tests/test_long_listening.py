@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from layouts import sound
 
 from ttt_omni import TTTOmniForCausalLM, TTTOmniProcessor
 from ttt_omni.memory_ttt_omni import skip_pieces
@@ -25,13 +26,6 @@ def model(tiny_model_dir) -> TTTOmniForCausalLM:
 @pytest.fixture(scope="module")
 def processor(tiny_model_dir) -> TTTOmniProcessor:
     return TTTOmniProcessor.from_pretrained(tiny_model_dir)
-
-
-def sound(seconds: float, seed: int = 0) -> np.ndarray:
-    """Noise that comes and goes."""
-    time = np.arange(int(seconds * RATE)) / RATE
-    noise = np.random.default_rng(seed).standard_normal(len(time))
-    return (0.1 * noise * np.sin(2 * np.pi * time) ** 2).astype(np.float32)
 
 
 def message(audio) -> dict:

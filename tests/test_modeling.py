@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layouts import expand, pad, random_rows
+from layouts import assert_close, expand, pad, random_rows
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM
@@ -18,10 +18,6 @@ from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM
 
 ALL_LAYERS = pytest.mark.parametrize("layers", ["hybrid", "replace", "mixed", "windowed", "ttt"])
 properties = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def assert_close(actual, expected, tolerance=1e-4):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 # The original's numbers

@@ -19,7 +19,6 @@ import soxr
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 from transformers.utils import ModelOutput
 
@@ -48,11 +47,6 @@ def processor():
 def short_processor():
     """Windows of one second: 100 mel frames and 10 embeddings."""
     return make_processor(chunk_length=1)
-
-
-@pytest.fixture(scope="module")
-def golden():
-    return load_file(GOLDENS / "golden.safetensors")
 
 
 def noise(samples, seed=0):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from transformers import AutoTokenizer, DynamicCache
 from transformers.generation.streamers import TextStreamer
 
@@ -25,11 +24,6 @@ GREEDY = {"do_sample": False, "max_new_tokens": 24}
 @pytest.fixture(scope="module")
 def model(golden_model_dir) -> TTTOmniForCausalLM:
     return TTTOmniForCausalLM.from_pretrained(golden_model_dir)
-
-
-@pytest.fixture(scope="module")
-def golden(goldens) -> dict[str, torch.Tensor]:
-    return load_file(goldens / "golden.safetensors")
 
 
 @pytest.fixture(scope="module")
