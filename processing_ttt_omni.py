@@ -33,6 +33,8 @@ logger = logging.get_logger(__name__)
 
 # Llama 3 reserves this token for padding, whichever the side.
 PAD_TOKEN = "<|finetune_right_pad_id|>"
+# What a question in speech says besides, as LLaMA-Omni was trained.
+SPEECH_INSTRUCTION = "Please directly answer the questions in the user's speech."
 SILENCE = 0.0  # in Whisper's scale of mel bins, what a sine of -65 dBFS reaches
 
 # The original's prompt. Its tokenizer adds a second bos to the one in the text.
@@ -116,6 +118,8 @@ class TTTOmniProcessor(ProcessorMixin):
             Encoder frames per embedding, as in [`TTTOmniConfig`].
         chat_template (`str`, *optional*):
             By default LLaMA-Omni's prompt, for the tokenizer of Llama 3.
+        speech_instruction (`str`, *optional*):
+            The text that the model was trained to see beside a question in speech; by default LLaMA-Omni's.
     """
 
     valid_processor_kwargs = TTTOmniProcessorKwargs
@@ -129,6 +133,7 @@ class TTTOmniProcessor(ProcessorMixin):
         audio_token: str | None = "<|reserved_special_token_0|>",
         audio_downsample: int = 5,
         chat_template: str | None = None,
+        speech_instruction: str = SPEECH_INSTRUCTION,
     ):
         if audio_downsample < 1:
             raise ValueError(f"`audio_downsample` must be at least 1, got {audio_downsample}.")
@@ -137,6 +142,7 @@ class TTTOmniProcessor(ProcessorMixin):
         if audio_token is not None and self.audio_token_id in (None, tokenizer.unk_token_id):
             raise ValueError(f"`audio_token` {audio_token!r} is not in the tokenizer's vocabulary.")
         self.audio_downsample = audio_downsample
+        self.speech_instruction = speech_instruction
         self.auto_map = {"AutoProcessor": "processing_ttt_omni.TTTOmniProcessor"}  # loading drops the saved one
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
