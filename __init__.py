@@ -12,6 +12,7 @@ from .configuration_ttt_omni import (
 from .modeling_ttt_omni import TTTOmniForCausalLM, TTTOmniModel
 from .ops_ttt_omni import TTTLinearState, TTTMLPState, ttt_linear, ttt_mlp, use_kernels
 from .processing_ttt_omni import TTTOmniProcessor
+from .streaming_ttt_omni import iter_sentences
 
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ __all__ = [
     "TTTOmniSpeechDecoderConfig",
     "TTTOmniTextConfig",
     "TTTOmniVocoderConfig",
+    "iter_sentences",
     "ttt_linear",
     "ttt_lora_config",
     "ttt_mlp",

@@ -481,6 +481,11 @@ class TTTOmniConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
+    @property
+    def speaks(self) -> bool:
+        """Whether the model has all that makes speech: a speech decoder and a vocoder."""
+        return self.speech_decoder_config is not None and self.vocoder_config is not None
+
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Raises `ValueError` naming the field that is wrong."""
         _require_sizes(self, "audio_downsample", "projector_hidden_size")

@@ -104,7 +104,8 @@ class TTTOmniGenerationMixin(GenerationMixin):
         **kwargs,
     ) -> Iterator[TTTOmniStreamEvent]:
         """
-        Generate one answer, and speak while it comes. Joined, the waveforms are that of `generate(return_audio=True)`.
+        Generate one answer, and speak while it comes, where the model has a speech decoder and a vocoder. Joined, the
+        waveforms are that of `generate(return_audio=True)`.
 
         Generation advances while the returned generator is iterated over, and ends with it; `close()` ends it early.
 
@@ -119,20 +120,20 @@ class TTTOmniGenerationMixin(GenerationMixin):
             piece of waveform, both or none.
 
         Raises:
-            ValueError: if the model does not speak, a chunk has no units, or there is no tokenizer; with the first
-                event, if there are several rows.
+            ValueError: if a chunk has no units, or there is no tokenizer; with the first event, if there are several
+                rows.
         """
         if "return_audio" in kwargs:
-            raise ValueError("`return_audio` is for `generate`: `stream` always speaks.")
-        speech = SpeechStream(self, first_chunk_size, chunk_size)
+            raise ValueError("`return_audio` is for `generate`: `stream` speaks where the model can.")
+        speech = SpeechStream(self, first_chunk_size, chunk_size) if self.config.speaks else None
         text = TextStream(self._own_tokenizer() if tokenizer is None else tokenizer)
         return self._stream(text, speech, inputs, generation_config, kwargs)
 
     @torch.no_grad()
     def _stream(self, text, speech, inputs, generation_config, kwargs):
         for token, state in self.generate(inputs, generation_config, custom_generate=decode_steps, **kwargs):
-            yield _stream_event(text.push(token), speech.push(state), token)
-        yield _stream_event(text.flush(), speech.flush())
+            yield _stream_event(text.push(token), speech and speech.push(state), token)
+        yield _stream_event(text.flush(), speech and speech.flush())
 
     def _own_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer in the folder or repository from which this model was loaded."""
@@ -290,7 +291,7 @@ def decode_steps(
 
 
 def _stream_event(text, waveform, token=None):
-    return TTTOmniStreamEvent(text or None, waveform if len(waveform) else None, token)
+    return TTTOmniStreamEvent(text or None, None if waveform is None or len(waveform) == 0 else waveform, token)
 
 
 def _as_set(eos_token_id: int | list[int] | torch.Tensor | None) -> set[int]:

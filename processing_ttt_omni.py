@@ -33,6 +33,8 @@ logger = logging.get_logger(__name__)
 
 # Llama 3 reserves this token for padding, whichever the side.
 PAD_TOKEN = "<|finetune_right_pad_id|>"
+# What a question in speech says besides, as LLaMA-Omni was trained.
+SPEECH_INSTRUCTION = "Please directly answer the questions in the user's speech."
 SILENCE = 0.0  # in Whisper's scale of mel bins, what a sine of -65 dBFS reaches
 
 # Put before a template, so that a message's content may be a list of parts, with audio where a text may stand.
@@ -44,7 +46,7 @@ PARTS_TO_TEXT = """\
         {%- set of_parts.text = '' %}
         {%- for item in message['content'] %}
             {%- if item['type'] == 'audio' %}
-                {%- set of_parts.text = of_parts.text + 'AUDIO_TOKEN' + '\\n' %}
+                {%- set of_parts.text = of_parts.text + 'AUDIO_TOKEN' + ('' if loop.last else '\\n') %}
             {%- elif item['type'] == 'text' %}
                 {%- set of_parts.text = of_parts.text + item['text'] %}
             {%- else %}
@@ -126,6 +128,8 @@ class TTTOmniProcessor(ProcessorMixin):
             Encoder frames per embedding, as in [`TTTOmniConfig`].
         chat_template (`str`, *optional*):
             By default LLaMA-Omni's prompt, for the tokenizer of Llama 3.
+        speech_instruction (`str`, *optional*):
+            The text that the model was trained to see beside a question in speech; by default LLaMA-Omni's.
     """
 
     valid_processor_kwargs = TTTOmniProcessorKwargs
@@ -139,6 +143,7 @@ class TTTOmniProcessor(ProcessorMixin):
         audio_token: str | None = "<|reserved_special_token_0|>",
         audio_downsample: int = 5,
         chat_template: str | None = None,
+        speech_instruction: str = SPEECH_INSTRUCTION,
     ):
         if audio_downsample < 1:
             raise ValueError(f"`audio_downsample` must be at least 1, got {audio_downsample}.")
@@ -147,6 +152,7 @@ class TTTOmniProcessor(ProcessorMixin):
         if audio_token is not None and self.audio_token_id in (None, tokenizer.unk_token_id):
             raise ValueError(f"`audio_token` {audio_token!r} is not in the tokenizer's vocabulary.")
         self.audio_downsample = audio_downsample
+        self.speech_instruction = speech_instruction
         self.auto_map = {"AutoProcessor": "processing_ttt_omni.TTTOmniProcessor"}  # loading drops the saved one
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
@@ -224,6 +230,7 @@ class TTTOmniProcessor(ProcessorMixin):
         message: dict[str, Any],
         history: torch.LongTensor | None = None,
         skip_silence: bool = False,
+        drop_audio_padding: bool = False,
         device: str = "cpu",
     ) -> Iterator[dict[str, torch.Tensor]]:
         """
@@ -236,19 +243,19 @@ class TTTOmniProcessor(ProcessorMixin):
             history: `[1, T]`, the tokens of the conversation so far, which ends with an answer, with or without the
                 token that ends it; `None` where the conversation begins.
             skip_silence: whether to leave out windows in which nothing is louder than about -65 dBFS.
+            drop_audio_padding: as in `__call__`.
             device: where to compute spectrograms.
 
         Yields:
-            `input_ids` `[1, n]`, and for a window `input_features` `[1, n_mels, 3000]`. The last piece is text.
+            `input_ids` `[1, n]`, and for a window `input_features` `[1, n_mels, 3000]`, and with `drop_audio_padding`
+            `input_features_mask` `[1, 3000]`. The last piece is text.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: as `apply_chat_template`, once the audio's turn comes.
         """
         items = [] if isinstance(message["content"], str) else message["content"]
         audios = [item for item in items if item["type"] == "audio"]
-        token_ids = self._prompt_ids([message]) if history is None else self._continuation_ids(message)
-        if history is not None and history[0, -1] == token_ids[0]:
-            token_ids = token_ids[1:]
+        token_ids = self.turn_ids(message, history)
         texts = [[]]  # token ids before, between and after the audios
         for token_id in token_ids:
             if token_id == self.audio_token_id:
@@ -261,9 +268,34 @@ class TTTOmniProcessor(ProcessorMixin):
             yield {"input_ids": torch.tensor([text], dtype=torch.long)}
             if item is not None:
                 audio = next(item[key] for key in ("audio", "path", "url") if item.get(key) is not None)
-                for window in self.iter_audio_windows(audio, item.get("sampling_rate"), device=device):
+                for window in self.iter_audio_windows(audio, item.get("sampling_rate"), drop_audio_padding, device):
                     if not skip_silence or window["input_features"].max() > SILENCE:
                         yield window
+
+    def turn_ids(self, message: dict[str, Any], history: torch.LongTensor | None = None) -> list[int]:
+        """The tokens of [`turn_pieces`], with one placeholder per audio, which is not read."""
+        token_ids = self._prompt_ids([message]) if history is None else self._continuation_ids(message)
+        if history is not None and history[0, -1] == token_ids[0]:
+            token_ids = token_ids[1:]
+        return token_ids
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """
+        The tokens of an answer as the chat template has it, from the end of the prompt for it up to and including the
+        one that ends it: what a model is trained to say. White space around `answer` is no part of it.
+
+        Raises:
+            ValueError: if the template's prompt for an answer does not go on with one.
+        """
+        question = {"role": "user", "content": "?"}
+        prompt, end = self._prompt_ids([question]), self._continuation_ids(question)
+        token_ids = self._prompt_ids([question, {"role": "assistant", "content": answer.strip()}, question])
+        if token_ids[: len(prompt)] != prompt or token_ids[-len(end) :] != end:
+            raise ValueError(
+                "The chat template does not write an answer behind its own prompt for one, so that it cannot be told "
+                "what a model is to say."
+            )
+        return token_ids[len(prompt) : len(token_ids) - len(end) + 1]
 
     @property
     def answer_end_id(self) -> int:

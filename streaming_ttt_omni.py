@@ -1,10 +1,17 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 """Speech and text while they are generated, token by token."""
 
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+
+# Where a sentence may end: a line does, Chinese and Japanese ones without a space behind them.
+CLOSING = "[\"'”’»)\\]」』）]*"
+SENTENCE_END = re.compile(rf"[.!?…]+{CLOSING}(?=\s)|[。！？]+{CLOSING}(?=[^。！？\"'”’»)\]」』）])|\n")
 
 
 @dataclass
@@ -14,7 +21,8 @@ class TTTOmniStreamEvent:
 
     Args:
         text: the next piece of the answer's text.
-        waveform: the next samples of its speech, float32 `[samples]` at the vocoder's sampling rate (16 kHz).
+        waveform: the next samples of its speech, float32 `[samples]` at the vocoder's sampling rate (16 kHz); none of
+            a model that does not speak.
         token: the id of the token.
     """
 
@@ -52,16 +60,15 @@ class SpeechStream:
     hidden states at once.
 
     Args:
-        model: a [`TTTOmniForCausalLM`] that speaks.
+        model: a [`TTTOmniForCausalLM`] with a speech decoder and a vocoder.
         first_chunk_size: units to wait for until there is a first sound; fewer make it come sooner.
         chunk_size: units to wait for afterwards; more cost less, as chunks overlap in the vocoder's receptive field.
 
     Raises:
-        ValueError: if the model does not speak, or a chunk has no units.
+        ValueError: if a chunk has no units.
     """
 
     def __init__(self, model: PreTrainedModel, first_chunk_size: int, chunk_size: int):
-        check_speaks(model)
         if min(first_chunk_size, chunk_size) < 1:
             raise ValueError(
                 "`first_chunk_size` and `chunk_size` must be at least 1 unit, got "
@@ -124,11 +131,40 @@ class TextStream:
         return self.tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def check_speaks(model: PreTrainedModel) -> None:
-    """Raises `ValueError` unless `model` has what it takes to speak."""
-    for field, name in (("speech_decoder_config", "speech decoder"), ("vocoder_config", "vocoder")):
-        if getattr(model.config, field) is None:
-            raise ValueError(f"This model has no {name} (`{field}` is None): it cannot speak.")
+class SentenceStream:
+    """
+    Cuts text that arrives in pieces into sentences, without the white space around them. Each is returned as soon as
+    it is known to be complete.
+
+    A sentence ends with its line, at `.`, `!`, `?` or `…` before white space, or at `。`, `！` or `？`, quotes and
+    brackets that close there included; so that it may also end after an abbreviation.
+    """
+
+    def __init__(self):
+        self.rest = ""
+
+    def push(self, text: str) -> list[str]:
+        """The sentences that are complete with the next piece of text."""
+        text = self.rest + text
+        ends = [match.end() for match in SENTENCE_END.finditer(text)]
+        *sentences, self.rest = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)])]
+        return [sentence.strip() for sentence in sentences if sentence.strip()]
+
+    def flush(self) -> list[str]:
+        """The last sentence, if there is one more."""
+        rest, self.rest = self.rest.strip(), ""
+        return [rest] if rest else []
 
 
-__all__ = ["TTTOmniStreamEvent"]
+def iter_sentences(pieces: Iterable[str]) -> Iterator[str]:
+    """
+    The sentences of a text that comes in pieces, as [`SentenceStream`] cuts it, for a text-to-speech program to say
+    while the next is written.
+    """
+    stream = SentenceStream()
+    for piece in pieces:
+        yield from stream.push(piece)
+    yield from stream.flush()
+
+
+__all__ = ["TTTOmniStreamEvent", "iter_sentences"]

@@ -3,6 +3,7 @@
 
 import ctypes
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext, suppress
@@ -30,18 +31,17 @@ from .audio_io import (
 )
 from .conversation_file import ConversationFile, RecordedPieces, UnfinishedCommand, UnfinishedTurn, locked
 from .terminal import progress
+from .voice import VOICE_RATE, program_words, with_voice
 
 
-# The instruction beside the speech that LLaMA-Omni was trained with.
-INSTRUCTION = "Please directly answer the questions in the user's speech."
 WINDOW_SECONDS = 30
 SAVE_SECONDS = 60
 
 
 def answer_question(
     question: str,
-    output: str,
     model: str,
+    output: str | None = None,
     max_new_tokens: int = 256,
     device: str = "auto",
     dtype: str = "auto",
@@ -49,36 +49,45 @@ def answer_question(
     play: bool = False,
     memory: str | None = None,
     skip_silence: bool = False,
+    voice_command: str | None = None,
 ) -> None:
     """
     Prints the answer to the recording `question` as it comes, and writes it as speech to the file `output`.
 
     Args:
         question: path, of a pipe too, or URL.
-        output: a .wav, .flac or .ogg.
         model: folder, or repository on the Hub.
+        output: a .wav, .flac or .ogg; by default none.
         max_new_tokens: of the answer, at least 1 and at most the model's `max_position_embeddings`.
         stream: whether `output`, a .wav, grows with the answer, rather than to appear when it is complete.
         play: whether to play the answer, too.
         memory: file of a conversation that goes on. While a long recording is heard, that is saved beside it, so that
             the same command goes on where it was interrupted; another question goes on from the last completed turn.
         skip_silence: whether to leave out windows of 30 s in which nothing is to be heard.
+        voice_command: of a text-to-speech program that speaks for a model which does not, as [`run_program`] takes it.
 
     Raises:
-        ValueError, OSError: a recording that cannot be read, a model that cannot be loaded or does not speak, a file
-            that another command is writing.
+        ValueError, OSError: a recording that cannot be read, a model that cannot be loaded or does not do what is
+            asked of it, a file that another command is writing.
     """
-    check_output(output, stream)
+    if output is not None:
+        check_output(output, stream)
+    elif stream:
+        raise ValueError("`--stream` is for `--output`: there is no file to grow.")
     with ExitStack() as stack:
         if stream:
             stack.enter_context(locked(output))
         recording = stack.enter_context(repeatable(question))
         sounddevice = find_sounddevice("playing") if play else None
         stack.enter_context(_locked_memory(memory))
-        conversation = Conversation(model, device, dtype, memory, skip_silence, max_new_tokens)
+        config = _check_model(model, max_new_tokens)
+        _require_hearing(config, model)
+        voice = Voice(config, model, voice_command, is_asked=play or output is not None)
+        conversation = Conversation(model, device, dtype, memory, skip_silence)
         conversation.hear(recording)
-        player = stack.enter_context(open_player(sounddevice, conversation.sampling_rate))
-        _speak(conversation.answer(max_new_tokens), Path(output), stream, player, conversation.sampling_rate)
+        player = stack.enter_context(open_player(sounddevice, voice.sampling_rate))
+        path = None if output is None else Path(output)
+        voice.speak(conversation.answer(max_new_tokens), path, stream, player)
         conversation.complete_turn()
 
 
@@ -92,57 +101,66 @@ def chat(
     play: bool = False,
     memory: str | None = None,
     skip_silence: bool = False,
+    voice_command: str | None = None,
 ) -> None:
     """
     Answers one recording after the other, each with all before in mind.
 
     Args:
-        questions: recordings; none to speak into the microphone.
+        questions: recordings; none to speak into the microphone, or for a model that does not hear, to type.
         output: folder for the answers, `answer-1.wav` and so on.
         memory: file of the conversation, which is saved there after each turn, and goes on if there is one. The same
             command goes on where it was interrupted, without the questions that it has answered.
-        model, max_new_tokens, device, dtype, play, skip_silence: as in [`answer_question`].
+        model, max_new_tokens, device, dtype, play, skip_silence, voice_command: as in [`answer_question`].
 
     Raises:
         ValueError, OSError: as [`answer_question`], or without questions where there is no microphone.
     """
     with ExitStack() as stack:
         recordings = [stack.enter_context(repeatable(question)) for question in questions]
+        config = _check_model(model, max_new_tokens)
+        if questions:
+            _require_hearing(config, model)
+        voice = Voice(config, model, voice_command, is_asked=play or output is not None)
+        hears = config.audio_config is not None
         if not questions:
-            recordings = record_questions(find_sounddevice("speaking"))
+            recordings = record_questions(find_sounddevice("speaking")) if hears else typed_questions()
         sounddevice = find_sounddevice("playing") if play else None
         if output is not None:
             Path(output).mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(Path(output) / "answers"))
         stack.enter_context(_locked_memory(memory))
-        conversation = Conversation(model, device, dtype, memory, skip_silence, max_new_tokens)
+        conversation = Conversation(model, device, dtype, memory, skip_silence)
         answered = conversation.skip_answered(recordings) if questions else 0
-        player = stack.enter_context(open_player(sounddevice, conversation.sampling_rate))
+        player = stack.enter_context(open_player(sounddevice, voice.sampling_rate))
         for number, recording in enumerate(recordings, start=1):
             if number <= answered:
                 progress(f"{questions[number - 1]} was answered before the interruption")
                 continue
-            conversation.hear(recording)
+            conversation.hear(recording) if hears else conversation.read(recording)
             path = None if output is None else Path(output) / f"answer-{number}.wav"
-            _speak(conversation.answer(max_new_tokens), path, True, player, conversation.sampling_rate)
+            voice.speak(conversation.answer(max_new_tokens), path, True, player)
             conversation.complete_turn()
 
 
 class Conversation:
     """
-    A model, a processor and what they said so far. A turn is [`hear`], [`answer`] and [`complete_turn`].
+    A model, a processor and what they said so far. A turn is [`hear`] or [`read`], [`answer`] and [`complete_turn`].
 
     Args:
         model: folder, or repository on the Hub.
         memory: file from which the conversation goes on, and where it is saved.
         device, dtype, skip_silence: as in [`answer_question`].
-        max_new_tokens: that will be asked of [`answer`].
     """
 
     def __init__(
-        self, model: str, device: str, dtype: str, memory: str | None, skip_silence: bool, max_new_tokens: int
+        self,
+        model: str,
+        device: str,
+        dtype: str,
+        memory: str | None,
+        skip_silence: bool,
     ):
-        _check_model(model, max_new_tokens)
         device = _check_device(device)
         _return_freed_memory()
         progress(f"Loading {model}")
@@ -158,11 +176,6 @@ class Conversation:
             self.unfinished = self.file.unfinished_turn()
         if self.memory is not None:
             progress(f"Going on with the {self.memory.input_ids.shape[1]} tokens of {memory}")
-
-    @property
-    def sampling_rate(self) -> int:
-        """Of the answers, in Hz."""
-        return self.model.config.vocoder_config.sampling_rate
 
     def skip_answered(self, questions: list[str]) -> int:
         """
@@ -201,8 +214,16 @@ class Conversation:
         self._save_unfinished(pieces, "answering")
         self.recording = pieces.recordings[-1]
 
+    def read(self, question: str) -> None:
+        """Reads a question that was typed, of which nothing is saved before it is answered."""
+        history = None if self.memory is None else self.memory.input_ids
+        pieces = self.processor.turn_pieces({"role": "user", "content": question}, history)
+        for memory in self.model.listen(pieces, self.memory):
+            self.memory = memory
+        self.recording = ""
+
     def answer(self, max_new_tokens: int) -> Iterator[TTTOmniStreamEvent]:
-        """Answers what was heard."""
+        """Answers what was heard or read."""
         self.tokens = []
         for event in self.model.stream(
             **vars(self.memory), tokenizer=self.processor.tokenizer, max_new_tokens=max_new_tokens
@@ -241,7 +262,9 @@ class Conversation:
         return None
 
     def _pieces(self, question, history: torch.LongTensor | None) -> RecordedPieces:
-        content = [{"type": "audio", "audio": question}, {"type": "text", "text": INSTRUCTION}]
+        content = [{"type": "audio", "audio": question}]
+        if instruction := self.processor.speech_instruction:
+            content.append({"type": "text", "text": instruction})
         pieces = self.processor.turn_pieces({"role": "user", "content": content}, history, self.skip_silence)
         return RecordedPieces(_show_progress(pieces, question))
 
@@ -253,23 +276,61 @@ class Conversation:
         self.file.save_unfinished(self.model, self.memory, UnfinishedTurn(self.begins, heard, recording, state))
 
 
-def _speak(events, path: Path | None, grows: bool, player: Player | None, sampling_rate: int) -> None:
-    """Prints the text of `events`, and writes and plays their speech."""
-    samples, is_silent = 0, True
-    with nullcontext() if path is None else SpeechFile(path, sampling_rate, grows) as file:
-        for event in events:
-            if event.text:
-                print(event.text, end="", flush=True)
-            if event.waveform is not None:
-                waveform = event.waveform.float().cpu()
-                samples, is_silent = samples + len(waveform), is_silent and not waveform.any()
-                for sink in filter(None, (file, player)):
-                    sink.write(waveform)
-        print(flush=True)
-    if is_silent:
-        progress("The answer says nothing" if path is None else "The answer says nothing: no file is written")
-    elif path is not None:
-        progress(f"Wrote {samples / sampling_rate:.1f} s of speech to {path}")
+class Voice:
+    """
+    What says an answer: the model itself, or the program of `command` for a model that does not speak.
+
+    Args:
+        config, model: of the model, and its name.
+        command: as [`program_words`] takes it; `None` for none.
+        is_asked: whether speech is to be written or played.
+
+    Raises:
+        ValueError, OSError: if nobody can speak, a program has nothing to do, or its command will not do.
+    """
+
+    def __init__(self, config: TTTOmniConfig, model: str, command: str | None, is_asked: bool):
+        if command is not None and config.speaks:
+            raise ValueError(f"{model} speaks by itself: leave out --voice-command.")
+        if command is not None and not is_asked:
+            raise ValueError("`--voice-command` is for `--output` or `--play`: there is nothing to be spoken.")
+        if is_asked and command is None and not config.speaks:
+            missing = "speech_decoder_config" if config.speech_decoder_config is None else "vocoder_config"
+            raise ValueError(
+                f"{model} cannot speak: its config.json has no `{missing}`; name a text-to-speech program with "
+                "--voice-command, or leave out --output and --play."
+            )
+        self.words = None if command is None else program_words(command, "--voice-command")
+        self.speaks = config.speaks or command is not None
+        self.sampling_rate = config.vocoder_config.sampling_rate if config.speaks else VOICE_RATE
+
+    def speak(
+        self, events: Iterator[TTTOmniStreamEvent], path: Path | None, grows: bool, player: Player | None
+    ) -> None:
+        """Prints the text of `events`, and writes and plays their speech."""
+        samples, is_silent = 0, True
+        with nullcontext() if path is None else SpeechFile(path, self.sampling_rate, grows) as file:
+            for event in events if self.words is None else with_voice(events, self.words):
+                if event.text:
+                    print(event.text, end="", flush=True)
+                if event.waveform is not None:
+                    waveform = event.waveform.float().cpu()
+                    samples, is_silent = samples + len(waveform), is_silent and not waveform.any()
+                    for sink in filter(None, (file, player)):
+                        sink.write(waveform)
+            print(flush=True)
+        if self.speaks and is_silent:
+            progress("The answer says nothing" if path is None else "The answer says nothing: no file is written")
+        elif path is not None:
+            progress(f"Wrote {samples / self.sampling_rate:.1f} s of speech to {path}")
+
+
+def typed_questions() -> Iterator[str]:
+    """The lines of standard input that say something."""
+    progress("Type a question and press Enter; Ctrl-D ends the conversation")
+    while line := sys.stdin.readline():
+        if line.strip():
+            yield line.strip()
 
 
 def _locked_memory(memory: str | None):
@@ -310,23 +371,29 @@ def _check_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _check_model(model: str, max_new_tokens: int) -> None:
-    """Raises ValueError unless `model` hears and speaks, and may be asked for so many tokens."""
+def _check_model(model: str, max_new_tokens: int) -> TTTOmniConfig:
+    """The config of `model`. Raises ValueError unless there is one, and it may be asked for so many tokens."""
     try:
-        config, _ = TTTOmniConfig.get_config_dict(model)
+        values, _ = TTTOmniConfig.get_config_dict(model)
     except OSError:
-        config = {}
-    if not config:
+        values = {}
+    if not values:
         raise ValueError(f"The model {model} is neither a folder with a config.json nor found on the Hub.")
-    if config.get("model_type") != TTTOmniConfig.model_type:
-        raise ValueError(f"{model} is no TTT-Omni model but {config.get('model_type')!r}: see `ttt-omni convert`.")
-    parts = {"audio_config": "hear", "speech_decoder_config": "speak", "vocoder_config": "speak"}
-    for field, ability in parts.items():
-        if config.get(field) is None:
-            raise ValueError(f"{model} cannot {ability}: its config.json has no `{field}`.")
-    limit = TTTOmniConfig.from_dict(config).text_config.max_position_embeddings
+    if values.get("model_type") != TTTOmniConfig.model_type:
+        raise ValueError(f"{model} is no TTT-Omni model but {values.get('model_type')!r}: see `ttt-omni convert`.")
+    config = TTTOmniConfig.from_dict(values)
+    limit = config.text_config.max_position_embeddings
     if not 1 <= max_new_tokens <= limit:
         raise ValueError(
             f"`max_new_tokens` must be from 1 to the {limit} of the model's `max_position_embeddings`, got "
             f"{max_new_tokens}."
+        )
+    return config
+
+
+def _require_hearing(config: TTTOmniConfig, model: str) -> None:
+    if config.audio_config is None:
+        raise ValueError(
+            f"{model} cannot hear: its config.json has no `audio_config`; `ttt-omni chat` without recordings lets you "
+            "type."
         )

@@ -102,16 +102,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="QUESTION.wav",
         help="recording of any length, WAV, FLAC, OGG or MP3; a URL; or a pipe, as /dev/stdin",
     )
-    answer.add_argument(
-        "--output", required=True, metavar="ANSWER.wav", help="file for the answer: .wav, .flac or .ogg"
-    )
+    answer.add_argument("--output", metavar="ANSWER.wav", help="file for the spoken answer: .wav, .flac or .ogg")
     answer.add_argument("--stream", action="store_true", help="let the file, a .wav, grow with the answer")
     _add_conversation_arguments(answer, "saved while listening, and goes on where it was interrupted")
 
     chat_parser = commands.add_parser("chat", help="a spoken conversation of several turns")
     chat_parser.set_defaults(command=chat)
     chat_parser.add_argument("--model", required=True, metavar="DIR_OR_REPO", help="folder, or repository on the Hub")
-    chat_parser.add_argument("questions", nargs="*", metavar="FILE", help="recordings (default: the microphone)")
+    chat_parser.add_argument(
+        "questions",
+        nargs="*",
+        metavar="FILE",
+        help="recordings (default: the microphone, or lines of text where the model does not hear)",
+    )
     chat_parser.add_argument("--output", metavar="DIR", help="folder for the answers, answer-1.wav and so on")
     _add_conversation_arguments(chat_parser, "saved after each turn, and goes on if there is one")
     return parser
@@ -119,6 +122,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_conversation_arguments(parser: argparse.ArgumentParser, memory: str) -> None:
     parser.add_argument("--play", action="store_true", help="play the answer on the sound device")
+    parser.add_argument(
+        "--voice-command",
+        metavar="COMMAND",
+        help="a text-to-speech program to speak for a model that does not, as 'espeak-ng -w {output} {text}'; without "
+        "{text}, the text comes on its standard input",
+    )
     parser.add_argument("--memory", metavar="FILE", help=f"the conversation, which is {memory}")
     parser.add_argument("--skip-silence", action="store_true", help="leave out silent windows of 30 s")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)")

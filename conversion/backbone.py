@@ -11,6 +11,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2Tokenizer,
     Qwen3Config,
 )
 
@@ -23,11 +24,16 @@ from ..processing_ttt_omni import PARTS_TO_TEXT
 SOURCES = {
     "llama": ("llama", LlamaConfig),
     "mistral": ("mistral", MistralConfig),
+    "omni2_speech2s_qwen2": ("qwen2", Qwen2Config),
+    "omni2_speech_qwen2": ("qwen2", Qwen2Config),
     "omni_speech2s_llama": ("llama", LlamaConfig),
     "omni_speech_llama": ("llama", LlamaConfig),
     "qwen2": ("qwen2", Qwen2Config),
     "qwen3": ("qwen3", Qwen3Config),
 }
+# LLaMA-Omni2, which marks speech by a token of its own, and says nothing beside it.
+LLAMA_OMNI2 = ("omni2_speech2s_qwen2", "omni2_speech_qwen2")
+SPEECH_TOKEN = "<speech>"
 # The sizes in its config, which are those of tensors, alone or multiplied by others.
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -79,10 +85,12 @@ def text_values(values: dict, tensors: dict[str, LazyTensor], source: Path) -> d
 
 def read_tokenizer(source: Path, values: dict) -> PreTrainedTokenizerBase:
     """By its own class: `AutoTokenizer` fails on LLaMA-Omni's `config.json`."""
-    if not (source / "tokenizer.json").is_file():
+    is_slow = all((source / name).is_file() for name in ("vocab.json", "merges.txt"))  # as LLaMA-Omni2 saves it
+    if not (source / "tokenizer.json").is_file() and not (is_slow and SOURCES[values["model_type"]][0] == "qwen2"):
         raise ConversionError(f"{source} has no tokenizer.json.")
+    tokenizer_class = PreTrainedTokenizerFast if (source / "tokenizer.json").is_file() else Qwen2Tokenizer
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+        tokenizer = tokenizer_class.from_pretrained(source)
     except Exception as error:  # all that the tokenizers library raises
         raise ConversionError(f"{source}: the tokenizer cannot be read: {error}") from error
     num_tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
@@ -92,6 +100,16 @@ def read_tokenizer(source: Path, values: dict) -> PreTrainedTokenizerBase:
         )
     tokenizer.model_max_length = values.get("max_position_embeddings", tokenizer.model_max_length)
     return tokenizer
+
+
+def own_audio_token(tokenizer: PreTrainedTokenizerBase, source: Path) -> str:
+    """The token with which LLaMA-Omni2 marks speech, made special, so that in a text it is text."""
+    if SPEECH_TOKEN not in tokenizer.get_vocab():
+        raise ConversionError(
+            f"{source}: the tokenizer has no token {SPEECH_TOKEN}, with which the model marks speech."
+        )
+    tokenizer.add_special_tokens({"additional_special_tokens": [SPEECH_TOKEN]}, replace_extra_special_tokens=False)
+    return SPEECH_TOKEN
 
 
 def find_audio_token(tokenizer: PreTrainedTokenizerBase) -> str:

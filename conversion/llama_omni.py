@@ -1,5 +1,5 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
-"""Conversion of a LLaMA-Omni or Llama 3 checkpoint to TTT-Omni."""
+"""Conversion of a LLaMA-Omni or LLaMA-Omni2 checkpoint, or a language model's, to TTT-Omni."""
 
 import copy
 import math
@@ -18,6 +18,7 @@ from transformers import (
     WhisperConfig,
     WhisperFeatureExtractor,
 )
+from transformers.utils import logging
 
 from ..checkpoint import (
     ConversionError,
@@ -40,10 +41,12 @@ from ..files_ttt_omni import new_folder
 from ..modeling_ttt_omni import TTTOmniForCausalLM
 from ..processing_ttt_omni import TTTOmniProcessor
 from .backbone import (
+    LLAMA_OMNI2,
     ROPE_FIELDS,
     TOKEN_IDS,
     find_audio_token,
     make_chat_template,
+    own_audio_token,
     read_config,
     read_tokenizer,
     text_values,
@@ -52,6 +55,8 @@ from .graft import LAYER_TYPES, fresh_tensor, graft, select_layers
 from .vocoder import load_fairseq_vocoder, vocoder_config_from_fairseq
 from .whisper import open_openai_encoder, open_whisper
 
+
+logger = logging.get_logger(__name__)
 
 PACKAGE_FOLDER = Path(__file__).parent.parent
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -131,7 +136,8 @@ def convert_llama_omni(
     max_shard_size: int | str = "5GB",
 ) -> None:
     """
-    Converts a checkpoint in LLaMA-Omni's layout, or a language model that neither listens nor speaks, to TTT-Omni.
+    Converts a checkpoint in LLaMA-Omni's layout, or a language model that neither listens nor speaks, to TTT-Omni. One
+    in LLaMA-Omni2's layout is converted without its speech generator, to answer in text.
 
     Weights are read and written one tensor at a time, and everything is checked before anything is written. The
     `output` folder appears when it is complete; it loads with `from_pretrained`, also as remote code.
@@ -260,6 +266,8 @@ def _read(
         raise ConversionError(f"The source {source} is not a folder.")
     values = read_config(source)
     tensors = open_checkpoint(source)
+    if values["model_type"] in LLAMA_OMNI2:
+        values, tensors = _without_speech_generator(values, tensors, source)
     listens = _has_part(LISTENING, tensors, values, source)
     speaks = _has_part(SPEAKING, tensors, values, source)
     _check_parts(listens, speaks, listen, speak, whisper, vocoder, vocoder_config, source)
@@ -295,6 +303,21 @@ def _read(
     tensors |= {name: fresh_tensor(name, shapes[name]) for name in shapes if name.startswith(tuple(fresh))}
     check_tensors(tensors, shapes, source)
     return config, tensors, processor
+
+
+def _without_speech_generator(
+    values: dict, tensors: dict[str, LazyTensor], source: Path
+) -> tuple[dict, dict[str, LazyTensor]]:
+    """What LLaMA-Omni2 listens and thinks with; its way of speaking is another than ours."""
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(SPEAKING[0])}
+    if len(kept) < len(tensors):
+        logger.warning(
+            f"{source} is left without its autoregressive speech generator, whose flow-matching vocoder is a model of "
+            "its own: the converted one answers in text, which a text-to-speech program can say (`--voice-command` of "
+            "`ttt-omni answer` and `chat`)."
+        )
+    fields = {"speech_generator", *SPEAKING[1]}
+    return {name: value for name, value in values.items() if name not in fields}, kept
 
 
 def _check_parts(listens, speaks, listen, speak, whisper, vocoder, vocoder_config, source: Path) -> None:
@@ -469,10 +492,20 @@ def _encoder(
 
 
 def _processor(source: Path, values: dict, audio_config: WhisperConfig | None, is_fresh: bool) -> TTTOmniProcessor:
-    """With the source's own template, but for LLaMA-Omni's prompt where it listens, or Llama 3 comes without one."""
+    """With the source's own template, but for LLaMA-Omni's prompt where that listens, or Llama 3 comes without one."""
     tokenizer = read_tokenizer(source, values)
     num_mel_bins = 80 if audio_config is None else audio_config.num_mel_bins
     feature_extractor = WhisperFeatureExtractor(feature_size=num_mel_bins)
+    if audio_config is not None and values["model_type"] in LLAMA_OMNI2:
+        audio_token = own_audio_token(tokenizer, source)
+        return TTTOmniProcessor(
+            feature_extractor,
+            tokenizer,
+            audio_token,
+            values["speech_encoder_ds_rate"],
+            chat_template=make_chat_template(tokenizer, audio_token, source),
+            speech_instruction="",
+        )
     if audio_config is not None and not is_fresh:
         return TTTOmniProcessor(feature_extractor, tokenizer, audio_downsample=values["speech_encoder_ds_rate"])
     if tokenizer.chat_template is None and LLAMA_3_TOKENS <= tokenizer.get_vocab().keys():

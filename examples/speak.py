@@ -17,12 +17,7 @@ there. Answers are spoken with `--answer-voice` only, for `examples/extract_unit
 import argparse
 import hashlib
 import json
-import re
-import shlex
-import shutil
-import subprocess
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +25,7 @@ import soundfile
 from tqdm import tqdm
 
 from ttt_omni.audio_ttt_omni import read_audio
+from ttt_omni.commands.voice import program_words, run_program
 from ttt_omni.files_ttt_omni import new_file
 from ttt_omni.training.data import SPEECH_TOKEN, ManifestError, naming_line, read_manifest
 
@@ -56,7 +52,7 @@ def record(text: str, voice: str, command: list[str], folder: Path) -> str:
     Raises:
         ValueError, OSError: saying why there is none.
     """
-    text = " ".join(text.split())  # some programs take each line for a text of its own
+    text = " ".join(text.split())
     if not text:
         raise ValueError("there is a turn without text, which cannot be spoken.")
     key = json.dumps([command, voice, text])
@@ -65,17 +61,7 @@ def record(text: str, voice: str, command: list[str], folder: Path) -> str:
         return path.name
     with new_file(path) as resampled:
         made = resampled.with_name("made.wav")
-        values = {
-            "voice": voice,
-            "output": str(made),
-            "text": f" {text}" if text.startswith("-") else text,  # no option of the program
-        }
-        words = [re.sub(r"\{(voice|output|text)\}", lambda match: values[match[1]], word) for word in command]
-        result = subprocess.run(words, input=f"{text}\n".encode(), capture_output=True)
-        if result.returncode != 0 or not made.exists():
-            ending = f"exited with {result.returncode}" if result.returncode else "wrote no {output}"
-            said = (result.stderr or result.stdout).decode(errors="replace")
-            raise ValueError(f"{command[0]} {ending} for {textwrap.shorten(text, 60)!r}: {said or 'it said nothing.'}")
+        run_program(command, text, made, voice)
         with soundfile.SoundFile(resampled, "w", SAMPLING_RATE, channels=1, subtype="PCM_16") as file:
             for block in read_audio(made, SAMPLING_RATE):
                 file.write(block)
@@ -97,14 +83,7 @@ def speak(texts: Path, folder: Path, command: str, voices: list[str], answer_voi
         [`ManifestError`]: naming the line that is wrong, or cannot be spoken.
         ValueError, OSError: for a command that will not do, and for files that cannot be read or written.
     """
-    try:
-        words = shlex.split(command)
-    except ValueError as error:
-        raise ValueError(f"The command {command!r} cannot be split into words: {error}.") from None
-    if "{output}" not in command:
-        raise ValueError(f"The command {command!r} has no {{output}}, the file for the program to write.")
-    if shutil.which(words[0]) is None:
-        raise FileNotFoundError(f"{words[0]} is not installed; install it, or name another program with --command.")
+    words = program_words(command, "--command")
     total = sum(1 for _ in conversations(texts))
     if total == 0:
         raise ManifestError(f"{texts} has no conversations.")

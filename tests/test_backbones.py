@@ -8,14 +8,12 @@ import sys
 
 import pytest
 import torch
-from layouts import assert_close, pad, random_rows
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from layouts import CHATML, SPECIAL_TOKENS, assert_close, pad, random_rows, write_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     MistralConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -51,25 +49,6 @@ BACKBONES = {
     "qwen3": Qwen3Config(**SIZES, head_dim=32),
 }
 ALL = pytest.mark.parametrize("backbone", BACKBONES)
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-CHATML = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}{{ '<|im_start|>system\n"
-    "Be kind.<|im_end|>\n' }}{% endif %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
-    "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def write_tokenizer(folder, special_tokens=SPECIAL_TOKENS, template=CHATML):
-    """Bytes as tokens, after the special ones."""
-    vocabulary = [*special_tokens, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.add_special_tokens(special_tokens)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,9 @@
 """`ttt-omni answer` as a stream and with a memory, and `ttt-omni chat`."""
 
 import io
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,13 +15,18 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from layouts import sound
+from layouts import sound, write_tokenizer
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+from ttt_omni import TTTOmniConfig
 from ttt_omni.commands import chat
 from ttt_omni.commands.cli import main
 from ttt_omni.commands.conversation_file import locked
+from ttt_omni.commands.voice import with_voice
+from ttt_omni.conversion import convert_llama_omni
 from ttt_omni.memory_ttt_omni import memory_metadata
+from ttt_omni.streaming_ttt_omni import TTTOmniStreamEvent
 
 
 RATE = 16000
@@ -41,7 +48,7 @@ def run(tiny_model_dir, capsys, monkeypatch, tmp_path):
 
     def run(command, *arguments):
         capsys.readouterr()  # of one that failed
-        main([command, "--model", str(tiny_model_dir), *arguments, "--max-new-tokens=5"])
+        main([command, f"--model={tiny_model_dir}", *arguments, "--max-new-tokens=5"])
         return capsys.readouterr()
 
     return run
@@ -302,7 +309,7 @@ def sounddevice(monkeypatch):
 
     class OutputStream:
         def __init__(self, samplerate, channels, dtype):
-            assert (samplerate, channels, dtype) == (RATE, 1, "float32")
+            assert (samplerate, channels, dtype) == (device.rate, 1, "float32")
 
         def __enter__(self): ...
 
@@ -317,7 +324,7 @@ def sounddevice(monkeypatch):
             for block in np.split(sound(2)[:, None], 4):
                 callback(block, len(block), None, None)
 
-    device = types.SimpleNamespace(OutputStream=OutputStream, InputStream=InputStream, played=played)
+    device = types.SimpleNamespace(OutputStream=OutputStream, InputStream=InputStream, played=played, rate=RATE)
     monkeypatch.setitem(sys.modules, "sounddevice", device)
     return device
 
@@ -335,3 +342,143 @@ def test_no_sound_device(run, questions, capsys, monkeypatch):
     assert "no sound device for speaking" in fails(run, capsys, "chat")
     message = fails(run, capsys, "answer", questions[0], "--output=a.wav", "--play")
     assert "no sound device for playing" in message and "pip install sounddevice" in message
+
+
+# Models that do not hear, or do not speak
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory) -> tuple[Path, Path]:
+    """A language model and its graft, which neither hears nor speaks."""
+    source, graft = (tmp_path_factory.mktemp("text") / name for name in ("source", "graft"))
+    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, eos_token_id=2))
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3)
+    model.save_pretrained(source)
+    write_tokenizer(source)
+    convert_llama_omni(source, graft, dtype="float32")
+    return source, graft
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_typed_chat_is_the_plain_model(run, text_model, monkeypatch, stops):
+    """Three turns in two commands have the plain model's tokens and text, whether answers stop or are cut off."""
+    source, graft = text_model
+    plain, tokenizer = Qwen2ForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    question = [{"role": "user", "content": "Hi!"}]
+    ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    ends = [2]
+    if stops:
+        ends.append(int(plain.generate(torch.tensor([ids]), max_new_tokens=3, do_sample=False)[0, -1]))
+        shutil.copytree(graft, "graft")
+        graft, config = Path("graft"), json.loads((graft / "generation_config.json").read_text())
+        (graft / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": ends}))
+    expected = ""
+    for question in ("And?", "Bye, bye.", None):
+        settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": ends}
+        answer = plain.generate(torch.tensor([ids]), **settings)[0, len(ids) :].tolist()
+        expected += tokenizer.decode(answer, skip_special_tokens=True) + "\n"
+        ids += answer[:-1] if answer[-1] in ends else answer
+        if question is not None:
+            turn = f"<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+            ids += tokenizer(turn).input_ids
+
+    outputs = []
+    for lines in ("Hi!\n \n", "And?\n\n  Bye, bye. \n"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        outputs.append(run("chat", "--memory=m.safetensors", f"--model={graft}"))
+    assert "".join(output.out for output in outputs) == expected
+    assert load_file("m.safetensors")["input_ids"].tolist() == [[*ids, 2]]
+    assert "Type a question" in outputs[0].err and "says nothing" not in outputs[0].err
+    assert not os.path.exists("m.safetensors.unfinished")
+
+
+@pytest.fixture(scope="module")
+def mute_model(tiny_model_dir, tmp_path_factory) -> Path:
+    """The tiny model without its vocoder."""
+    folder = tmp_path_factory.mktemp("mute")
+    config = TTTOmniConfig.from_pretrained(tiny_model_dir)
+    config.vocoder_config = None
+    chat.TTTOmniForCausalLM.from_pretrained(tiny_model_dir, config=config).save_pretrained(folder)
+    chat.TTTOmniProcessor.from_pretrained(tiny_model_dir).save_pretrained(folder)
+    return folder
+
+
+# Says a text of n bytes as n / 100 s of n / 1024 at 22,050 Hz; nothing of "...".
+PROGRAM = r"""
+import sys, wave
+output, *texts = sys.argv[1:]
+text = (texts[0] if texts else sys.stdin.buffer.read().decode()).strip()
+if text == "fail":
+    sys.exit("cannot say\nthat")
+with open("said.txt", "a", encoding="utf-8") as log:
+    log.write(text + "\n")
+size = len(text.encode()) * (text != "...")
+with wave.open(output, "wb") as file:
+    file.setparams((1, 2, 22050, 0, "NONE", ""))
+    file.writeframes((size * 32).to_bytes(2, "little") * round(220.5 * size))
+"""
+
+
+def say_by_rote(patch, pieces: list[str]) -> None:
+    """Has every answer say these pieces of text."""
+
+    def answer(self, max_new_tokens):
+        self.tokens = [300]
+        yield from (TTTOmniStreamEvent(text=piece) for piece in pieces)
+
+    patch.setattr(chat.Conversation, "answer", answer)
+
+
+@pytest.mark.parametrize("options", ["{output} {text}", "{output}"])
+def test_a_program_speaks_for_a_mute_model(run, questions, mute_model, sounddevice, monkeypatch, options):
+    Path("program.py").write_text(PROGRAM)
+    sounddevice.rate = 24000
+    command = f"{shlex.quote(sys.executable)} program.py {options}"
+    pieces = ["Wel", "l. ", "-h means ", "“$HOME;”", "!\n...\nAnd {text}…"]
+    say_by_rote(monkeypatch, pieces)
+    arguments = [questions[0], f"--voice-command={command}", "--play", f"--model={mute_model}"]
+    assert run("answer", *arguments, "--output=a.wav").out == "".join(pieces) + "\n"
+    sentences = ["Well.", "-h means “$HOME;”!", "...", "And {text}…"]
+    assert Path("said.txt").read_text(encoding="utf-8").splitlines() == sentences
+    samples, rate = soundfile.read("a.wav")
+    sizes = [len(sentence.encode()) for sentence in sentences if sentence != "..."]
+    assert rate == 24000 and len(samples) == pytest.approx(240 * sum(sizes), abs=4)
+    for size, end in zip(sizes, np.cumsum(sizes)):
+        middle = int(240 * (end - size / 2))
+        np.testing.assert_allclose(samples[middle - 20 : middle + 20], size / 1024, atol=2e-3)
+    np.testing.assert_allclose(np.concatenate(sounddevice.played), samples, atol=1e-4)
+
+    run("chat", questions[1], *arguments, "--output=answers")  # one that grows, and is the same
+    for number in (1, 2):
+        np.testing.assert_array_equal(soundfile.read(f"answers/answer-{number}.wav")[0], samples)
+
+
+def test_sentences_are_spoken_while_the_next_are_written(tmp_path, monkeypatch):
+    """The program's first sentence ends only once the text has come to its end."""
+    monkeypatch.chdir(tmp_path)
+    waiting = "import pathlib, time\nwhile not pathlib.Path('written').exists():\n    time.sleep(0.01)\n"
+    Path("program.py").write_text(waiting + PROGRAM)
+
+    def events():
+        yield TTTOmniStreamEvent(text="One. Two. Three")
+        Path("written").touch()
+
+    waveforms = [x.waveform for x in with_voice(events(), [sys.executable, "program.py", "{output}"]) if not x.text]
+    assert [len(x) for x in waveforms] == pytest.approx([960, 960, 1200], abs=2)
+
+
+def test_a_mute_model_writes(run, questions, mute_model, capsys, monkeypatch):
+    spoken = run("answer", questions[0], "--output=a.wav").out
+    output = run("answer", questions[0], f"--model={mute_model}")
+    assert output.out == spoken and "says nothing" not in output.err
+    assert os.listdir() == ["a.wav"]
+
+    Path("program.py").write_text(PROGRAM)
+    say_by_rote(monkeypatch, ["Well.\n", "fail\n", "More.\n"])
+    command = f"--voice-command={shlex.quote(sys.executable)} program.py {{output}}"
+    message = fails(run, capsys, "answer", questions[0], f"--model={mute_model}", "--output=b.wav", command)
+    assert "exited with 1 for 'fail': cannot say that" in message
+    assert not os.path.exists("b.wav")

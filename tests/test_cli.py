@@ -17,8 +17,8 @@ import soundfile
 import torch
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-from ttt_omni.commands.chat import INSTRUCTION
 from ttt_omni.commands.cli import main
+from ttt_omni.processing_ttt_omni import SPEECH_INSTRUCTION
 
 
 QUESTION = Path(__file__).parent.parent / "examples" / "question.wav"
@@ -117,16 +117,22 @@ def test_options_out_of_range(tiny_model_dir, tmp_path, capsys):
 def test_models_that_cannot_converse(tiny_model_dir, tmp_path, capsys):
     """It is said before the weights are read: there are none."""
     config = json.loads((tiny_model_dir / "config.json").read_text())
-    for field, ability in {
-        "audio_config": "hear",
-        "speech_decoder_config": "speak",
-        "vocoder_config": "speak",
-    }.items():
+    answer = ["answer", "--model", tmp_path, QUESTION]
+    chat = ["chat", "--model", tmp_path, QUESTION]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"audio_config": None}))
+    for command in (answer, chat):
+        assert_fails(capsys, "cannot hear: its config.json has no `audio_config`", *command)
+    for field in ("speech_decoder_config", "vocoder_config"):
         (tmp_path / "config.json").write_text(json.dumps(config | {field: None}))
-        for command in (["answer", "--output", tmp_path / "a.wav"], ["chat"]):
-            assert_fails(
-                capsys, f"cannot {ability}: its config.json has no `{field}`", *command, "--model", tmp_path, QUESTION
-            )
+        for command in ([*answer, "--output", tmp_path / "a.wav"], [*chat, "--output", tmp_path / "answers"]):
+            assert_fails(capsys, f"cannot speak: its config.json has no `{field}`; name a text-to-speech", *command)
+            assert_fails(capsys, "nosuch is not installed", *command, "--voice-command", "nosuch {output}")
+            assert_fails(capsys, "has no {output}", *command, "--voice-command", "echo {text}")
+        assert_fails(capsys, "is for `--output` or `--play`", *answer, "--voice-command", "echo {output}")
+        assert_fails(capsys, "`--stream` is for `--output`", *answer, "--stream")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = ["--output", tmp_path / "a.wav", "--voice-command", "echo {output}"]
+    assert_fails(capsys, "speaks by itself: leave out --voice-command", *answer, *options)
 
 
 def test_a_model_of_ttt_alone(tiny_model_dir, tmp_path, capsys):
@@ -139,7 +145,7 @@ def test_a_model_of_ttt_alone(tiny_model_dir, tmp_path, capsys):
     assert status == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     processor = AutoProcessor.from_pretrained(tmp_path / "model")
-    content = [{"type": "audio", "audio": str(QUESTION)}, {"type": "text", "text": INSTRUCTION}]
+    content = [{"type": "audio", "audio": str(QUESTION)}, {"type": "text", "text": SPEECH_INSTRUCTION}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,

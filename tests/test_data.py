@@ -7,9 +7,18 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from layouts import CHATML, write_tokenizer
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    PreTrainedTokenizerFast,
+    WhisperFeatureExtractor,
+)
 
+from ttt_omni import TTTOmniProcessor, processing_ttt_omni
+from ttt_omni.conversion.backbone import make_chat_template
 from ttt_omni.training import ConversationCollator, ConversationDataset, ManifestError
 
 
@@ -72,6 +81,96 @@ def test_prompt_is_the_original_one(tmp_path, golden_model_dir, goldens):
     golden = [i for token in golden for i in ([config.audio_token_id] * 300 if token == -200 else [token])]
     assert item["input_ids"].tolist()[: len(golden)] == golden
     assert (item["labels"][: len(golden)] == -100).all() and (item["labels"][len(golden) :] != -100).all()
+
+
+def test_labels_are_those_that_the_template_marks(dataset, spoken_corpus, processor):
+    """LLaMA-Omni's prompt says itself which tokens are an answer's."""
+    for item, line in zip(dataset, spoken_corpus.read_text().splitlines()):
+        record = json.loads(line)
+        speech = iter([record["speech"]] if isinstance(record["speech"], str) else record["speech"])
+        messages = [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "audio", "audio": str(spoken_corpus.parent / next(speech))},
+                    {"type": "text", "text": turn["value"].removeprefix("<speech>\n")},
+                ],
+            }
+            if turn["from"] == "human"
+            else {"role": "assistant", "content": turn["value"]}
+            for turn in record["conversations"]
+        ]
+        inputs = processor.apply_chat_template(
+            messages,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=True,
+            sanitize_control_tokens=False,
+        )
+        is_answer = torch.as_tensor(inputs["assistant_masks"])[0].bool()
+        assert torch.equal(item["input_ids"], inputs["input_ids"][0])
+        assert torch.equal(item["labels"], item["input_ids"].masked_fill(~is_answer, -100))
+        assert torch.equal(item["input_features"], inputs["input_features"])
+
+
+THINKING = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
+TEMPLATES = {"ChatML": CHATML, "a space before answers": CHATML.replace("'\n' + message", "'\n ' + message")}
+
+
+def chatml_processor(folder, template=CHATML):
+    write_tokenizer(folder, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio|>"], template)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    template = make_chat_template(tokenizer, "<|audio|>", folder)
+    extractor = WhisperFeatureExtractor(feature_size=80)
+    return TTTOmniProcessor(extractor, tokenizer, "<|audio|>", chat_template=template)
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_labels_by_any_template(tmp_path, spoken_corpus, config, template):
+    """One that does not mark answers: the prompt is that of inference, and each answer what comes behind it."""
+    processor = chatml_processor(tmp_path, template)
+    (tmp_path / "t.jsonl").write_text(json.dumps(conversation("Hi", " Ho\n", "And\n<b>?", "No, no.", "Oh", "Yes")))
+    dataset = ConversationDataset(tmp_path / "t.jsonl", processor, config)
+    answers = ["Ho", "No, no.", "Yes"]
+    messages = []
+    for question, answer in zip(["Hi", "And\n<b>?", "Oh"], answers):
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    item = dataset[0]
+    whole = processor.apply_chat_template(messages)
+    assert whole == processor.decode(item["input_ids"]) + "\n"  # behind the last answer's end
+    begin = " " if "a space" in next(name for name, other in TEMPLATES.items() if other == template) else ""
+    said = item["labels"][item["labels"] != -100]
+    assert processor.decode(said) == "".join(f"{begin}{answer}<|im_end|>" for answer in answers)
+    assert (item["labels"] == item["input_ids"])[item["labels"] != -100].all()
+
+    length = len(item["input_ids"])
+    ConversationDataset(tmp_path / "t.jsonl", processor, config, join_to_length=length)
+    with pytest.raises(ManifestError, match=f"has {length} tokens"):
+        ConversationDataset(tmp_path / "t.jsonl", processor, config, join_to_length=length - 1)
+
+    item = ConversationDataset(spoken_corpus, processor, config)[3]
+    text = processor.decode(item["input_ids"]).replace("<|audio|>" * 300, "<|audio|>")
+    question = f"<|im_end|>\n<|im_start|>user\n{begin}<|audio|>\nPlease directly answer.<|im_end|>\n"
+    assert text.count(question[len("<|im_end|>\n") :]) == 2 and question in text
+    assert processor.decode(item["labels"][item["labels"] != -100]) == "".join(
+        f"{begin}I heard tone 3 in turn {turn}.<|im_end|>" for turn in (0, 1)
+    )
+    assert item["input_features"].shape == (2, 80, 3000)
+
+
+def test_a_template_without_labels(tmp_path, spoken_corpus, config):
+    with pytest.raises(ValueError, match="does not write an answer behind its own prompt"):
+        ConversationDataset(spoken_corpus, chatml_processor(tmp_path, THINKING), config)
+
+
+def test_each_recording_is_read_once(spoken_corpus, dataset, monkeypatch):
+    opened, read = [], processing_ttt_omni.read_audio
+    monkeypatch.setattr(
+        processing_ttt_omni, "read_audio", lambda audio, *args: (opened.append(audio), read(audio, *args))[1]
+    )
+    dataset[3]
+    assert opened == [str(spoken_corpus.parent / f"3-{turn}.wav") for turn in (0, 1)]
 
 
 def test_items_are_read_when_taken(tmp_path, processor, config):

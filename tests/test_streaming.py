@@ -15,7 +15,7 @@ from transformers.generation.streamers import TextStreamer
 from ttt_omni import TTTOmniForCausalLM, TTTOmniProcessor
 from ttt_omni.configuration_ttt_omni import TTTOmniSpeechDecoderConfig
 from ttt_omni.modeling_ttt_omni import TTTOmniSpeechDecoder
-from ttt_omni.streaming_ttt_omni import SpeechStream, TextStream, UnitStream
+from ttt_omni.streaming_ttt_omni import SpeechStream, TextStream, UnitStream, iter_sentences
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
@@ -259,21 +259,55 @@ def test_second_turn(model, inputs):
     torch.testing.assert_close(waveform, expected.waveform[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("missing", ["vocoder_config", "speech_decoder_config"])
+def test_a_model_that_does_not_speak_streams_text(model, inputs, missing):
+    mute = copy.copy(model)
+    mute.config = copy.deepcopy(model.config)
+    setattr(mute.config, missing, None)
+    text, waveform, tokens = joined(model.stream(**inputs, **GREEDY))
+    mute_text, no_waveform, mute_tokens = joined(mute.stream(**inputs, **GREEDY))
+    assert (mute_text, mute_tokens) == (text, tokens) and len(waveform) > len(no_waveform) == 0
+
+
+SENTENCES = {
+    "One. Two!  Three?\nFour\n\nFive": ["One.", "Two!", "Three?", "Four", "Five"],
+    "It is 3.14, or… “Who?!” he asked. (So.) End.": ["It is 3.14, or…", "“Who?!”", "he asked.", "(So.)", "End."],
+    "你好。「再见！」三？！四": ["你好。", "「再见！」", "三？！", "四"],
+    " \n ": [],
+    "Dr. No": ["Dr.", "No"],
+}
+
+
+@pytest.mark.parametrize("text", SENTENCES)
+def test_sentences(text):
+    for size in range(1, len(text) + 1):
+        pieces = [text[start : start + size] for start in range(0, len(text), size)]
+        assert list(iter_sentences(pieces)) == SENTENCES[text]
+
+
+def test_sentences_come_when_they_are_complete():
+    said = []
+
+    def pieces():
+        for piece in ("One", ".", " Two", ". Th", "ree。四"):
+            said.append(piece)
+            yield piece
+
+    assert [(sentence, len(said)) for sentence in iter_sentences(pieces())] == [
+        ("One.", 3), ("Two.", 4), ("Three。", 5), ("四", 5),
+    ]  # fmt: skip
+
+
 def test_refusals(model, inputs):
     two = torch.cat([inputs["input_ids"]] * 2)
     with pytest.raises(ValueError, match="one answer, got 2 rows"):
         list(model.stream(two[:, -20:], max_new_tokens=2))
     with pytest.raises(ValueError, match="neither `num_beams`"):
         list(model.stream(**text_inputs(0), max_new_tokens=2, num_beams=2))
-    with pytest.raises(ValueError, match="`stream` always speaks"):
+    with pytest.raises(ValueError, match="`stream` speaks where the model can"):
         model.stream(**inputs, return_audio=True)
     with pytest.raises(ValueError, match="at least 1 unit, got 0 and 40"):
         model.stream(**inputs, first_chunk_size=0)
-    mute = copy.copy(model)
-    mute.config = copy.deepcopy(model.config)
-    mute.config.vocoder_config = None
-    with pytest.raises(ValueError, match="no vocoder"):
-        mute.stream(**inputs)
     stranger = copy.copy(model)
     stranger.config = copy.deepcopy(model.config)
     stranger.config._name_or_path, stranger._tokenizer = "", None

@@ -58,6 +58,7 @@ class ConversationDataset(Dataset):
     Raises:
         FileNotFoundError: if there is no such manifest.
         [`ManifestError`]: naming the line that is wrong, and what is wrong with it.
+        ValueError: if the processor's chat template does not tell where an answer begins.
     """
 
     def __init__(
@@ -88,26 +89,26 @@ class ConversationDataset(Dataset):
             for offset in self.offsets[slice(*self.groups[index])]:
                 file.seek(offset)
                 conversations.append(_parse(file.readline(), self.manifest.parent))
-        inputs = self.processor.apply_chat_template(
-            [message for conversation in conversations for message in conversation.messages],
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            return_assistant_tokens_mask=True,
-            processor_kwargs=self.processor_kwargs,
-        )
-        input_ids = inputs["input_ids"][0]
-        is_answer = torch.as_tensor(inputs["assistant_masks"][0]).bool()
+        pieces = []
+        for message in (message for conversation in conversations for message in conversation.messages):
+            if message["role"] == "assistant":
+                input_ids = torch.tensor([self.processor.answer_ids(message["content"])])
+                pieces.append({"input_ids": input_ids, "labels": input_ids})
+            else:
+                history = pieces[-1]["input_ids"] if pieces else None
+                pieces += self.processor.turn_pieces(message, history, **self.processor_kwargs)
+        for piece in pieces:
+            piece.setdefault("labels", torch.full_like(piece["input_ids"], IGNORE_INDEX))
+        item = {name: torch.cat([piece[name][0] for piece in pieces]) for name in ("input_ids", "labels")}
+        for name in ("input_features", "input_features_mask"):
+            if found := [piece[name] for piece in pieces if name in piece]:
+                item[name] = torch.cat(found)
         units = [answer for conversation in conversations for answer in conversation.units]
-        item = {
-            "input_ids": input_ids,
-            "labels": torch.where(is_answer, input_ids, IGNORE_INDEX),
-            "unit_labels": [torch.tensor(answer, dtype=torch.long) for answer in units],
-        }
-        return item | {name: inputs[name] for name in ("input_features", "input_features_mask") if name in inputs}
+        return item | {"unit_labels": [torch.tensor(answer, dtype=torch.long) for answer in units]}
 
     def _check(self) -> None:
         """Checks every line, and fills `offsets` and `groups`."""
+        self.processor.answer_ids("Yes.")  # whether the template allows for labels
         room = 0
         lines = tqdm(read_manifest(self.manifest), desc=f"Checking {self.manifest.name}", unit=" conversations")
         for number, offset, conversation in lines:
@@ -159,9 +160,9 @@ class ConversationDataset(Dataset):
                 raise ManifestError(
                     f"unit {wrong} is out of range: the model has the units 0 to {decoder.unit_vocab_size - 1}."
                 )
-            # CTC puts a blank between two of the same. The answer's tokens end with that of its turn.
+            # CTC puts a blank between two of the same.
             needed = len(units) + sum(unit == following for unit, following in zip(units, units[1:]))
-            tokens = len(self.processor.tokenizer(answer.strip(), add_special_tokens=False).input_ids) + 1
+            tokens = len(self.processor.answer_ids(answer))
             if needed > max(tokens * decoder.upsample_factor, len(units)):  # the frames that the model has for them
                 raise ManifestError(
                     f"an answer of {tokens} tokens has {len(units)} units, of which {needed - len(units)} repeat the "
@@ -188,8 +189,13 @@ class ConversationDataset(Dataset):
 
     def _length(self, messages: list[dict[str, Any]], embeddings: int) -> int:
         """Number of tokens, of which each recording takes those of its windows."""
-        prompt = self.processor.apply_chat_template(messages)
-        input_ids = self.processor.tokenizer(prompt, add_special_tokens=False).input_ids
+        input_ids = []
+        for message in messages:
+            if message["role"] == "assistant":
+                input_ids += self.processor.answer_ids(message["content"])
+            else:
+                history = torch.tensor([input_ids]) if input_ids else None
+                input_ids += self.processor.turn_ids(message, history)
         return len(input_ids) - input_ids.count(self.processor.audio_token_id) + embeddings
 
     def _speech_length(self, samples: int) -> int:
@@ -294,8 +300,10 @@ def _parse(line: bytes, folder: Path) -> Conversation:
     return Conversation(record, messages, speech, units)
 
 
-def _content(value: str, recordings) -> list[dict[str, str]]:
-    """The items of a question: recordings where it says `<speech>`, and the text around them."""
+def _content(value: str, recordings) -> str | list[dict[str, str]]:
+    """A question, or the items of a spoken one: recordings where it says `<speech>`, and the text around them."""
+    if SPEECH_TOKEN not in value:
+        return value
     content = []
     for index, text in enumerate(value.split(SPEECH_TOKEN)):
         if index > 0:
