@@ -13,7 +13,7 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from ..configuration_ttt_omni import TTTOmniConfig
+from ..loading import find_device, read_config
 from ..memory_ttt_omni import TTTOmniMemory, skip_pieces
 from ..modeling_ttt_omni import TTTOmniForCausalLM
 from ..processing_ttt_omni import TTTOmniProcessor
@@ -149,7 +149,7 @@ class Conversation:
         max_new_tokens: int = 256,
     ):
         _check_model(model, max_new_tokens)
-        device = _check_device(device)
+        device = find_device(device)
         _return_freed_memory()
         progress(f"Loading {model}")
         self.processor = TTTOmniProcessor.from_pretrained(model)
@@ -305,32 +305,14 @@ def _return_freed_memory() -> None:
         pass  # another C library
 
 
-def _check_device(device: str) -> torch.device:
-    """The device called `device`, once it is known to be there."""
-    if device == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:  # the latter without CUDA
-        raise ValueError(f"The device {device!r} cannot be used: {str(error).partition(chr(10))[0]}") from error
-    return torch.device(device)
-
-
 def _check_model(model: str, max_new_tokens: int) -> None:
     """Raises ValueError unless `model` hears and speaks, and may be asked for so many tokens."""
-    try:
-        config, _ = TTTOmniConfig.get_config_dict(model)
-    except OSError:
-        config = {}
-    if not config:
-        raise ValueError(f"The model {model} is neither a folder with a config.json nor found on the Hub.")
-    if config.get("model_type") != TTTOmniConfig.model_type:
-        raise ValueError(f"{model} is no TTT-Omni model but {config.get('model_type')!r}: see `ttt-omni convert`.")
+    config = read_config(model)
     parts = {"audio_config": "hear", "speech_decoder_config": "speak", "vocoder_config": "speak"}
     for field, ability in parts.items():
-        if config.get(field) is None:
+        if getattr(config, field) is None:
             raise ValueError(f"{model} cannot {ability}: its config.json has no `{field}`.")
-    limit = TTTOmniConfig.from_dict(config).text_config.max_position_embeddings
+    limit = config.text_config.max_position_embeddings
     if not 1 <= max_new_tokens <= limit:
         raise ValueError(
             f"`max_new_tokens` must be from 1 to the {limit} of the model's `max_position_embeddings`, got "
