@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 # __main__.py while it looks for it. Where the guess is wrong, the names below make it good at their first use.
 _PROGRAM = Path(sys.argv[0]).name if sys.argv else ""
 if _PROGRAM not in ("ttt-omni", "-m"):
-    from .registration import *  # noqa: F403
+    from . import registration  # noqa: F401
 
 
 def __getattr__(name: str):

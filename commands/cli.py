@@ -160,9 +160,7 @@ def _add_calibrate(commands) -> None:
 
 
 def _finetune(arguments: list[str]) -> None:
-    from ..training.stages import main
-
-    main(arguments)
+    _run_stage("stages", arguments)
 
 
 def _add_finetune(commands) -> None:
@@ -170,13 +168,21 @@ def _add_finetune(commands) -> None:
 
 
 def _distill(arguments: list[str]) -> None:
-    from ..training.distill_stage import main
-
-    main(arguments)
+    _run_stage("distill_stage", arguments)
 
 
 def _add_distill(commands) -> None:
     _add_stage(commands, "distill", _distill, "Give a graft its parent's quality back, one stage of distillation")
+
+
+def _run_stage(module: str, arguments: list[str]) -> None:
+    try:
+        stage = import_module(f"..training.{module}", __package__)
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
+        raise ImportError("Training needs PEFT: pip install 'ttt-omni[train]'.") from error
+    stage.main(arguments)
 
 
 def _add_stage(commands, name: str, command, description: str) -> None:

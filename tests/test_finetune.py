@@ -24,19 +24,18 @@ from transformers import AutoModelForCausalLM
 
 import ttt_omni
 from ttt_omni import TTTOmniProcessor, ttt_lora_config
-from ttt_omni.training import ConversationCollator, ConversationDataset, truncation
+from ttt_omni.training import ConversationCollator, ConversationDataset, stages, truncation
 
 
 EXAMPLES = Path(ttt_omni.__file__).parent / "examples"
 
 
-@pytest.fixture(scope="module")
-def finetune():
-    sys.path.insert(0, str(EXAMPLES))
-    import finetune
+def parse(*words):
+    return stages.parse([str(word) for word in words])
 
-    yield finetune
-    sys.path.remove(str(EXAMPLES))
+
+def train(*words):
+    return stages.train(*parse(*words))
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +81,9 @@ def losses(folder):
 
 
 @pytest.fixture(scope="module")
-def unkilled(finetune, stage, tmp_path_factory):
+def unkilled(stage, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unkilled") / "adapter"
-    finetune.train(*finetune.read_arguments(str(stage), f"output_dir={folder}"))
+    train(stage, f"--output_dir={folder}")
     return folder
 
 
@@ -101,7 +100,7 @@ def test_card_names_the_base_and_the_stage(unkilled, tiny_model_dir):
 
 def test_killed_and_resumed_run_ends_the_same(unkilled, stage, tmp_path):
     folder = tmp_path / "adapter"
-    command = [sys.executable, str(EXAMPLES / "finetune.py"), str(stage), f"output_dir={folder}"]
+    command = [sys.executable, "-m", "ttt_omni", "finetune", str(stage), f"--output_dir={folder}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (folder / "checkpoint-2" / "trainer_state.json").exists() and time.monotonic() < deadline:
@@ -116,7 +115,7 @@ def test_killed_and_resumed_run_ends_the_same(unkilled, stage, tmp_path):
         torch.testing.assert_close(resumed[name], tensor, atol=1e-5, rtol=1e-4)
 
 
-def test_adapter_on_the_hub(finetune, stage, tiny_model_dir, tmp_path, monkeypatch):
+def test_adapter_on_the_hub(stage, tiny_model_dir, tmp_path, monkeypatch):
     """A folder stands for the Hub, from whose cache the base comes."""
     cache, hub = tmp_path / "cache" / "models--me--base", tmp_path / "hub"
     (cache / "snapshots").mkdir(parents=True)
@@ -132,8 +131,14 @@ def test_adapter_on_the_hub(finetune, stage, tiny_model_dir, tmp_path, monkeypat
         HfApi, "create_repo", lambda self, repo_id, **kwargs: RepoUrl(f"https://huggingface.co/{repo_id}")
     )
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    overrides = ["model=me/base", "push_to_hub=true", "hub_model_id=me/adapter", "hub_strategy=end", "max_steps=1"]
-    finetune.train(*finetune.read_arguments(str(stage), f"output_dir={tmp_path / 'adapter'}", *overrides))
+    overrides = [
+        "--model=me/base",
+        "--push_to_hub=true",
+        "--hub_model_id=me/adapter",
+        "--hub_strategy=end",
+        "--max_steps=1",
+    ]
+    train(stage, f"--output_dir={tmp_path / 'adapter'}", *overrides)
 
     card = ModelCard.load(hub / "me" / "adapter" / "README.md")
     assert card.data.base_model == "me/base" and "| tokens | 512 |" in card.text and "PeftModel" in card.text
@@ -142,9 +147,15 @@ def test_adapter_on_the_hub(finetune, stage, tiny_model_dir, tmp_path, monkeypat
     assert model.peft_config["default"].base_model_name_or_path == "me/base"
 
 
-def test_next_stage_goes_on_from_the_last_one(finetune, stage, unkilled, tiny_model_dir, tmp_path):
-    overrides = [f"output_dir={tmp_path}", f"previous={unkilled}", "length=1024", "max_steps=1", "save_steps=10"]
-    trainer = finetune.train(*finetune.read_arguments(str(stage), *overrides))
+def test_next_stage_goes_on_from_the_last_one(stage, unkilled, tiny_model_dir, tmp_path):
+    overrides = [
+        f"--output_dir={tmp_path}",
+        f"--previous={unkilled}",
+        "--length=1024",
+        "--max_steps=1",
+        "--save_steps=10",
+    ]
+    trainer = train(stage, *overrides)
     first = trainer.state.log_history[0]["loss"]
     assert first < 0.8 * losses(unkilled)[0]
     assert max(len(item["input_ids"]) for item in trainer.train_dataset) > 512
@@ -152,8 +163,8 @@ def test_next_stage_goes_on_from_the_last_one(finetune, stage, unkilled, tiny_mo
     assert model.peft_config["default"].r == 4
 
 
-def test_groups_of_parameters(finetune, stage, tmp_path):
-    trainer = finetune.train(*finetune.read_arguments(str(stage), f"output_dir={tmp_path}", "max_steps=1"))
+def test_groups_of_parameters(stage, tmp_path):
+    trainer = train(stage, f"--output_dir={tmp_path}", "--max_steps=1")
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
     groups = [(group["initial_lr"], names[id(p)]) for group in trainer.optimizer.param_groups for p in group["params"]]
     assert len(groups) == sum(p.requires_grad for p in trainer.model.parameters())
@@ -162,9 +173,15 @@ def test_groups_of_parameters(finetune, stage, tmp_path):
 
 
 @pytest.mark.parametrize("loss", ["both", "ctc"])
-def test_loss_of_speech(finetune, stage, spoken_corpus, tmp_path, loss):
-    overrides = [f"output_dir={tmp_path}", "max_steps=1", f"loss={loss}", f"manifest={spoken_corpus}", "length=800"]
-    trainer = finetune.train(*finetune.read_arguments(str(stage), *overrides))
+def test_loss_of_speech(stage, spoken_corpus, tmp_path, loss):
+    overrides = [
+        f"--output_dir={tmp_path}",
+        "--max_steps=1",
+        f"--loss={loss}",
+        f"--manifest={spoken_corpus}",
+        "--length=800",
+    ]
+    trainer = train(stage, *overrides)
     gate = trainer.model.get_parameter(
         "base_model.model.model.language_model.layers.3.ttt_gate.modules_to_save.default.weight"
     )
@@ -218,10 +235,14 @@ def test_pieces(length, data):
 
 
 @pytest.fixture(scope="module")
-def trainer_and_batch(finetune, stage, tiny_model_dir, tmp_path_factory):
+def trainer_and_batch(stage, tiny_model_dir, tmp_path_factory):
     """A trainer of a model whose memory takes part, and two conversations in a row, spoken and not."""
-    overrides = ["loss=both", "activation_checkpointing=false", f"output_dir={tmp_path_factory.mktemp('truncated')}"]
-    stage_arguments, arguments = finetune.read_arguments(str(stage), *overrides)
+    overrides = [
+        "--loss=both",
+        "--activation_checkpointing=false",
+        f"--output_dir={tmp_path_factory.mktemp('truncated')}",
+    ]
+    stage_arguments, arguments = parse(stage, *overrides)
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir).double()
     for layer in base.model.language_model.layers[2:]:
         layer.ttt_gate.weight.data.fill_(0.5)
@@ -234,7 +255,7 @@ def trainer_and_batch(finetune, stage, tiny_model_dir, tmp_path_factory):
     assert len(dataset) == 2 and len(batch["unit_labels"]) == 11 and len(batch["input_features"]) == 3
     model = get_peft_model(base, ttt_lora_config(base, rank=2))
     base.model.language_model.norm.weight.requires_grad_()
-    trainer = finetune.StageTrainer(model, arguments, stage=stage_arguments)
+    trainer = stages.StageTrainer(model, arguments, stage=stage_arguments)
     trainer.current_gradient_accumulation_steps = 1
     return trainer, batch
 
@@ -297,29 +318,26 @@ def test_activations_of_a_piece_are_freed(trainer_and_batch):
     assert lengths.count(0) == 2 and max(lengths) > 200 and not any(num_kept), passes
 
 
-def test_bad_arguments(finetune, stage, tmp_path):
+def test_bad_arguments(stage, tmp_path):
+    output = f"--output_dir={tmp_path / 'adapter'}"
     with pytest.raises(ValueError, match="`loss` must be one of both, lm, ctc, got 'asr'"):
-        finetune.read_arguments(str(stage), "loss=asr", f"output_dir={tmp_path}")
-    with pytest.raises(ValueError, match="`backpropagate_length` must be at least 1, got 0"):
-        finetune.read_arguments(str(stage), "backpropagate_length=0", f"output_dir={tmp_path}")
+        parse(stage, "--loss=asr", output)
+    for name in ("backpropagate_length", "length", "rank", "loss_chunk_size"):
+        with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
+            parse(stage, f"--{name}=0", output)
     with pytest.raises(ValueError, match="needs `packing: true`"):
-        finetune.read_arguments(str(stage), "backpropagate_length=8", "packing=false", f"output_dir={tmp_path}")
+        parse(stage, "--backpropagate_length=8", "--no_packing", output)
     with pytest.raises(ValueError, match="needs `activation_checkpointing: false`"):
-        finetune.read_arguments(str(stage), "backpropagate_length=8", f"output_dir={tmp_path}")
+        parse(stage, "--backpropagate_length=8", output)
     with pytest.raises(ValueError, match="An adapter on the Hub needs a base there"):
-        finetune.read_arguments(str(stage), "push_to_hub=true", f"output_dir={tmp_path}")
-    with pytest.raises(ValueError, match="not of the form name=value"):
-        finetune.read_arguments(str(stage), "--loss")
-    with pytest.raises(ValueError, match="lenght"):
-        finetune.read_arguments(str(stage), "lenght=3")
-    arguments = finetune.read_arguments(str(stage), "loss=ctc", f"output_dir={tmp_path}", "max_steps=1")
+        train(stage, "--push_to_hub", output)
     with pytest.raises(ValueError, match="too few conversations with `units` for `loss=ctc`"):
-        finetune.train(*arguments)
+        train(stage, "--loss=ctc", output, "--max_steps=1")
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "stages").glob("*.yaml")), ids=lambda path: path.stem)
-def test_stages_are_valid(finetune, path, tmp_path):
-    overrides = ["model=x", "manifest=y", f"output_dir={tmp_path}", "bf16=false"]
-    stage, arguments = finetune.read_arguments(str(path), *overrides)
+def test_stages_are_valid(path, tmp_path):
+    overrides = ["--model=x", "--manifest=y", f"--output_dir={tmp_path}"]
+    stage, arguments = parse(path, *overrides)
     assert stage.length == 1024 * (64 if path.stem == "65k" else int(path.stem.removesuffix("k")))
     assert arguments.activation_checkpointing and stage.memory_learning_rate > arguments.learning_rate
