@@ -88,6 +88,7 @@ class StageTrainer(Trainer):
     def __init__(self, *args, stage: StageArguments, **kwargs):
         super().__init__(*args, **kwargs)
         self.stage = stage
+        self.label_names = ["labels"]  # by which a batch has a loss, not only if it has every argument named so
         self.num_units_in_batch = None  # of speech, in all that a step of the optimizer takes
         self.num_steps = 0  # of the optimizer, since the last log
         self.parts = defaultdict(float)  # of the loss, summed over these steps
