@@ -52,7 +52,7 @@ def imports() -> dict[str, set[str]]:
                 names = [alias.name for alias in node.names if alias.name == "ttt_kernels"]
             elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "ttt_omni":
                 names = [(node.module.split(".") + ["__init__"])[1]]
-            graph[room] |= {name for name in names if name != room}
+            graph[room] |= set(names) - {room, "__version__"}  # which anyone may say
     return graph
 
 
