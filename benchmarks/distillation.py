@@ -6,7 +6,7 @@ What replacing attention by TTT costs, and what distillation gives back.
 
 A small Llama, the parent, is trained on the source text of Python's standard library, converted in replace mode,
 calibrated, matched layer by layer to the parent's attention, and distilled from the parent's logits, as
-`examples/distill.py` does: TTT is trained in full, all else by LoRA. After each step, the perplexity per token of
+`ttt-omni distill` does: TTT is trained in full, all else by LoRA. After each step, the perplexity per token of
 windows of 512 tokens from files that no model was trained on, and what TTT misses of attention, as a share of it.
 "no memory" is the parent with the output of the same layers' attention set to 0, "64 tokens" the parent on windows of
 64.

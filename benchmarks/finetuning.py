@@ -25,7 +25,7 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from ttt_omni import TTTOmniForCausalLM
 from ttt_omni.conversion.tiny import NUM_UNITS
-from ttt_omni.training import ConversationCollator
+from ttt_omni.training import ConversationCollator, stages
 
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +39,6 @@ STAGE = {
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "activation_checkpointing": False,
-    "bf16": False,
     "use_cpu": True,
     "save_strategy": "no",
     "report_to": "none",
@@ -133,13 +132,10 @@ def compare(trained: torch.nn.Module, batch: dict, base: Path, adapter: Path) ->
 
 
 def fine_tune(loss: str, steps: int, model: Path, manifest: Path, output: Path) -> dict:
-    """What examples/finetune.py makes of the graft `model`: its losses, and its adapter's logits."""
-    sys.path.insert(0, str(EXAMPLES))
-    import finetune
-
+    """What `ttt-omni finetune` makes of the graft `model`: its losses, and its adapter's logits."""
     values = STAGE | {"loss": loss, "max_steps": steps, "model": model, "manifest": manifest, "output_dir": output}
-    overrides = (f"{name}={json.dumps(value, default=str)}" for name, value in values.items())
-    trainer = finetune.train(*finetune.read_arguments(str(EXAMPLES / "stages" / "8k.yaml"), *overrides))
+    flags = [f"--{name}={value}" for name, value in values.items()]
+    trainer = stages.train(*stages.parse(["8k", *flags]))
     trained = trainer.model.eval()
     dataset = trainer.train_dataset
     collate = ConversationCollator(trainer.data_collator.pad_token_id)

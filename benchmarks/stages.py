@@ -4,7 +4,7 @@ Four stages of fine-tuning, 512 -> 1,024 -> 2,048 -> 4,096 tokens, run straight 
 
     python benchmarks/stages.py [--steps 6] [--output benchmarks/results/stages.json]
 
-The tiny model goes through `examples/finetune.py` with the configurations of the stages of 8k to 65k, of which only
+The tiny model goes through `ttt-omni finetune` with the configurations of the stages of 8k to 65k, of which only
 the lengths and what a CPU needs are changed. The second run is killed (SIGKILL) in stage 3 after its first checkpoint,
 and started again by the same command. It must end with the loss and the adapter of the first.
 """
@@ -32,7 +32,6 @@ from tqdm import tqdm
 from ttt_omni.conversion import make_tiny
 
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 STAGES = {512: "8k", 1024: "16k", 2048: "32k", 4096: "65k"}
 KILLED = 2048
 SAVE_STEPS = 2
@@ -69,7 +68,6 @@ def command(folder: Path, length: int, model: Path, manifest: Path, steps: int) 
         "drop_audio_padding": "true",
         "gradient_accumulation_steps": 2,
         "rank": 8,
-        "bf16": "false",
         "use_cpu": "true",
         "max_steps": steps,
         "save_steps": SAVE_STEPS,
@@ -81,8 +79,8 @@ def command(folder: Path, length: int, model: Path, manifest: Path, steps: int) 
     }
     if length != min(STAGES):
         values["previous"] = folder / str(length // 2)
-    stage = EXAMPLES / "stages" / f"{STAGES[length]}.yaml"
-    return [sys.executable, str(EXAMPLES / "finetune.py"), str(stage), *(f"{k}={v}" for k, v in values.items())]
+    flags = [f"--{name}={value}" for name, value in values.items()]
+    return [sys.executable, "-m", "ttt_omni", "finetune", STAGES[length], *flags]
 
 
 def run_until_first_checkpoint(words: list[str], folder: Path) -> int:

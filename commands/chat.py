@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from ..configuration_ttt_omni import TTTOmniConfig
+from ..loading import find_device, read_config
 from ..memory_ttt_omni import TTTOmniMemory, skip_pieces
 from ..modeling_ttt_omni import TTTOmniForCausalLM
 from ..processing_ttt_omni import TTTOmniProcessor
@@ -161,7 +162,7 @@ class Conversation:
         memory: str | None,
         skip_silence: bool,
     ):
-        device = _check_device(device)
+        device = find_device(device)
         _return_freed_memory()
         progress(f"Loading {model}")
         self.processor = TTTOmniProcessor.from_pretrained(model)
@@ -360,28 +361,9 @@ def _return_freed_memory() -> None:
         pass  # another C library
 
 
-def _check_device(device: str) -> torch.device:
-    """The device called `device`, once it is known to be there."""
-    if device == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:  # the latter without CUDA
-        raise ValueError(f"The device {device!r} cannot be used: {str(error).partition(chr(10))[0]}") from error
-    return torch.device(device)
-
-
 def _check_model(model: str, max_new_tokens: int) -> TTTOmniConfig:
     """The config of `model`. Raises ValueError unless there is one, and it may be asked for so many tokens."""
-    try:
-        values, _ = TTTOmniConfig.get_config_dict(model)
-    except OSError:
-        values = {}
-    if not values:
-        raise ValueError(f"The model {model} is neither a folder with a config.json nor found on the Hub.")
-    if values.get("model_type") != TTTOmniConfig.model_type:
-        raise ValueError(f"{model} is no TTT-Omni model but {values.get('model_type')!r}: see `ttt-omni convert`.")
-    config = TTTOmniConfig.from_dict(values)
+    config = read_config(model)
     limit = config.text_config.max_position_embeddings
     if not 1 <= max_new_tokens <= limit:
         raise ValueError(

@@ -1,33 +1,21 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
-"""The command line: `ttt-omni convert`, `make-tiny`, `calibrate`, `answer` and `chat`."""
+"""
+The command line. What a command needs is imported when it runs, as PyTorch and Transformers take seconds.
+
+Each command has a function here that describes its arguments, and one that runs it.
+"""
 
 import argparse
 import signal
 import sys
+from importlib import import_module
 
-from huggingface_hub.errors import StrictDataclassError
-from huggingface_hub.utils import httpx
-from safetensors import SafetensorError
-
-from ..conversion.graft import LAYER_TYPES
-from ..conversion.llama_omni import DTYPES, convert_llama_omni
-from ..conversion.tiny import make_tiny
-from ..training.calibration import calibrate_folder
-from .chat import answer_question, chat
+from .. import __version__
 from .terminal import forgiving_terminal
 
 
-# What the libraries raise for what a user can get wrong.
-BAD_INPUT = (
-    ValueError,
-    OSError,
-    RuntimeError,
-    ImportError,
-    SafetensorError,
-    StrictDataclassError,
-    httpx.HTTPError,
-    httpx.InvalidURL,
-)
+MODES = ("hybrid", "replace")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,11 +26,24 @@ def main(argv: list[str] | None = None) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):  # the former may be ignored where a script started us
             signal.signal(number, signal.default_int_handler)
         try:
+            import_module("..registration", __package__)  # what is saved carries its code
             command(**arguments)
         except KeyboardInterrupt:
             _fail("interrupted", 130)
-        except BAD_INPUT as error:
+        except Exception as error:
+            if not isinstance(error, _bad_input()):
+                raise
             _fail(" ".join(str(error).split()) or type(error).__name__, 1)
+
+
+def _bad_input() -> tuple[type[Exception], ...]:
+    """What the libraries raise for what a user can get wrong."""
+    from huggingface_hub.errors import StrictDataclassError
+    from huggingface_hub.utils import httpx
+    from safetensors import SafetensorError
+
+    errors = (ValueError, OSError, RuntimeError, ImportError)
+    return (*errors, SafetensorError, StrictDataclassError, httpx.HTTPError, httpx.InvalidURL)
 
 
 def _fail(message: str, status: int) -> None:
@@ -51,11 +52,48 @@ def _fail(message: str, status: int) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ttt-omni", description="Convert LLaMA-Omni to TTT-Omni, and speak with it.")
+    parser = argparse.ArgumentParser(
+        prog="ttt-omni", description="Convert LLaMA-Omni to TTT-Omni, train it, and speak with it."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_convert(commands)
+    _add_make_tiny(commands)
+    _add_calibrate(commands)
+    _add_finetune(commands)
+    _add_distill(commands)
+    _add_export(commands)
+    _add_answer(commands)
+    _add_chat(commands)
+    return parser
 
-    convert = commands.add_parser("convert", help="convert a LLaMA-Omni or Llama 3 checkpoint to TTT-Omni")
-    convert.set_defaults(command=convert_llama_omni)
+
+def _add_command(commands, name: str, command, description: str, example: str, **kwargs) -> argparse.ArgumentParser:
+    """A command, whose help begins with what it does and ends with an example."""
+    parser = commands.add_parser(
+        name,
+        help=description[0].lower() + description[1:],
+        description=f"{description}.",
+        epilog=f"example:\n  ttt-omni {name} {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **kwargs,
+    )
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _convert(**arguments) -> None:
+    from ..conversion.llama_omni import convert_llama_omni
+
+    convert_llama_omni(**arguments)
+
+
+def _add_convert(commands) -> None:
+    example = "--source Llama-3.1-8B-Omni --whisper large-v3.pt \\\n    --vocoder g_00500000 "
+    example += "--vocoder-config config.json --output ttt-omni-8b"
+    convert = _add_command(
+        commands, "convert", _convert, "Convert a LLaMA-Omni or Llama 3 checkpoint to TTT-Omni", example
+    )
     convert.add_argument("--source", required=True, metavar="DIR", help="LLaMA-Omni or Llama 3 checkpoint")
     convert.add_argument("--output", required=True, metavar="DIR", help="new folder for the model")
     convert.add_argument(
@@ -63,9 +101,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--vocoder", metavar="FILE", help="fairseq's unit HiFi-GAN")
     convert.add_argument("--vocoder-config", metavar="FILE", help="the JSON that comes with it")
+    convert.add_argument(
+        "--listen", action="store_true", help="give a language model a fresh speech projector, to be trained"
+    )
+    convert.add_argument(
+        "--speak", type=int, metavar="UNITS", help="give it a fresh decoder of so many speech units, to be trained"
+    )
     convert.add_argument("--layers", help="layers that get TTT, as 24-31 or 0,2,5-7 (default: the upper quarter)")
     convert.add_argument(
-        "--mode", choices=LAYER_TYPES, default="hybrid", help="TTT beside attention (default) or in its place"
+        "--mode", choices=MODES, default="hybrid", help="TTT beside attention (default) or in its place"
     )
     convert.add_argument("--ttt-type", choices=["linear", "mlp"], default="linear", help="default: linear")
     convert.add_argument(
@@ -83,19 +127,105 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     convert.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (default: 5GB)")
 
-    tiny = commands.add_parser("make-tiny", help="make a small random model, to try things on")
-    tiny.set_defaults(command=make_tiny)
+
+def _make_tiny(**arguments) -> None:
+    from ..conversion.tiny import make_tiny
+
+    make_tiny(**arguments)
+
+
+def _add_make_tiny(commands) -> None:
+    tiny = _add_command(commands, "make-tiny", _make_tiny, "Make a small random model, to try things on", "demo")
     tiny.add_argument("output", metavar="DIR", help="new folder for the model")
 
-    calibrate = commands.add_parser("calibrate", help="centre the memory's queries and keys, before fine-tuning")
-    calibrate.set_defaults(command=calibrate_folder)
+
+def _calibrate(**arguments) -> None:
+    from ..training.calibration import calibrate_folder
+
+    calibrate_folder(**arguments)
+
+
+def _add_calibrate(commands) -> None:
+    calibrate = _add_command(
+        commands,
+        "calibrate",
+        _calibrate,
+        "Centre the memory's queries and keys, before fine-tuning",
+        "--model converted --data units.jsonl --output calibrated",
+    )
     calibrate.add_argument("--model", required=True, metavar="DIR", help="a converted model")
     calibrate.add_argument("--data", required=True, metavar="MANIFEST", help="JSONL file of a few conversations")
     calibrate.add_argument("--output", required=True, metavar="DIR", help="new folder for the calibrated model")
     calibrate.add_argument("--device", default="auto", help="cpu, cuda, … (default: an accelerator if there is one)")
 
-    answer = commands.add_parser("answer", help="answer a spoken question in speech")
-    answer.set_defaults(command=answer_question)
+
+def _finetune(arguments: list[str]) -> None:
+    _run_stage("stages", arguments)
+
+
+def _add_finetune(commands) -> None:
+    _add_stage(commands, "finetune", _finetune, "Teach a graft to use its memory, one stage of fine-tuning")
+
+
+def _distill(arguments: list[str]) -> None:
+    _run_stage("distill_stage", arguments)
+
+
+def _add_distill(commands) -> None:
+    _add_stage(commands, "distill", _distill, "Give a graft its parent's quality back, one stage of distillation")
+
+
+def _run_stage(module: str, arguments: list[str]) -> None:
+    try:
+        stage = import_module(f"..training.{module}", __package__)
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
+        raise ImportError("Training needs PEFT: pip install 'ttt-omni[train]'.") from error
+    stage.main(arguments)
+
+
+def _add_stage(commands, name: str, command, description: str) -> None:
+    """A command whose arguments, `--help` too, are for the parser of its stage, as no option begins with NUL."""
+    stage = _add_command(commands, name, command, description, "", prefix_chars="\0", add_help=False)
+    stage.add_argument("arguments", nargs=argparse.REMAINDER)
+
+
+def _export(**arguments) -> None:
+    from ..conversion.export import export
+
+    export(**arguments)
+
+
+def _add_export(commands) -> None:
+    export = _add_command(
+        commands,
+        "export",
+        _export,
+        "Write the language model of a graft as a plain one, without its memory and speech",
+        "--model ttt-omni-8b --output llama-8b",
+    )
+    export.add_argument("--model", required=True, metavar="DIR", help="a converted model")
+    export.add_argument("--output", required=True, metavar="DIR", help="new folder for the plain model")
+    export.add_argument(
+        "--backbone", action="store_true", help="leave TTT out also where it is trained, so that another model remains"
+    )
+
+
+def _answer(**arguments) -> None:
+    from .chat import answer_question
+
+    answer_question(**arguments)
+
+
+def _add_answer(commands) -> None:
+    answer = _add_command(
+        commands,
+        "answer",
+        _answer,
+        "Answer a spoken question in speech",
+        "--model ttt-omni-8b question.wav --output answer.wav",
+    )
     answer.add_argument("--model", required=True, metavar="DIR_OR_REPO", help="folder, or repository on the Hub")
     answer.add_argument(
         "question",
@@ -106,18 +236,30 @@ def _parser() -> argparse.ArgumentParser:
     answer.add_argument("--stream", action="store_true", help="let the file, a .wav, grow with the answer")
     _add_conversation_arguments(answer, "saved while listening, and goes on where it was interrupted")
 
-    chat_parser = commands.add_parser("chat", help="a spoken conversation of several turns")
-    chat_parser.set_defaults(command=chat)
-    chat_parser.add_argument("--model", required=True, metavar="DIR_OR_REPO", help="folder, or repository on the Hub")
-    chat_parser.add_argument(
+
+def _chat(**arguments) -> None:
+    from .chat import chat
+
+    chat(**arguments)
+
+
+def _add_chat(commands) -> None:
+    chat = _add_command(
+        commands,
+        "chat",
+        _chat,
+        "Have a spoken conversation of several turns",
+        "--model ttt-omni-8b --play --memory conversation.safetensors",
+    )
+    chat.add_argument("--model", required=True, metavar="DIR_OR_REPO", help="folder, or repository on the Hub")
+    chat.add_argument(
         "questions",
         nargs="*",
         metavar="FILE",
         help="recordings (default: the microphone, or lines of text where the model does not hear)",
     )
-    chat_parser.add_argument("--output", metavar="DIR", help="folder for the answers, answer-1.wav and so on")
-    _add_conversation_arguments(chat_parser, "saved after each turn, and goes on if there is one")
-    return parser
+    chat.add_argument("--output", metavar="DIR", help="folder for the answers, answer-1.wav and so on")
+    _add_conversation_arguments(chat, "saved after each turn, and goes on if there is one")
 
 
 def _add_conversation_arguments(parser: argparse.ArgumentParser, memory: str) -> None:

@@ -9,8 +9,9 @@ import torch
 from transformers import GenerationConfig
 
 from ..checkpoint import ConversionError, open_checkpoint, write_checkpoint
-from ..configuration_ttt_omni import SLIDING_LAYER_TYPES, TTTOmniConfig, TTTOmniTextConfig
+from ..configuration_ttt_omni import SLIDING_LAYER_TYPES, TTTOmniTextConfig
 from ..files_ttt_omni import new_folder
+from ..loading import read_config
 from ..processing_ttt_omni import PARTS_TO_TEXT, TTTOmniProcessor
 from .backbone import SOURCES
 
@@ -29,10 +30,11 @@ def export(
 
     Raises:
         [`ConversionError`]: if the graft is more than its backbone: an open gate, or a layer without attention.
+        ValueError: `model` is no TTT-Omni model.
         FileExistsError: `output` is a file, or a folder that is not empty.
     """
     model = Path(model)
-    config = TTTOmniConfig.from_pretrained(model)
+    config = read_config(model)
     text = config.text_config
     if "linear_attention" in text.layer_types:
         index = text.layer_types.index("linear_attention")

@@ -37,6 +37,7 @@ from transformers import AutoFeatureExtractor, AutoModel
 
 from ttt_omni.audio_ttt_omni import read_audio
 from ttt_omni.files_ttt_omni import new_file
+from ttt_omni.loading import find_device
 from ttt_omni.training.data import ManifestError, naming_line, read_manifest
 
 
@@ -57,7 +58,7 @@ class Encoder:
     """
 
     def __init__(self, name: str, layer: int):
-        device = torch.accelerator.current_accelerator() or "cpu"
+        device = find_device()
         self.extractor = AutoFeatureExtractor.from_pretrained(name)
         self.model = AutoModel.from_pretrained(name, dtype=torch.float32).eval().to(device)
         self.layer = layer

@@ -15,9 +15,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
+import ttt_omni
+from ttt_omni import registration
+from ttt_omni.commands import cli
 from ttt_omni.commands.cli import main
+from ttt_omni.conversion.graft import LAYER_TYPES
+from ttt_omni.conversion.llama_omni import DTYPES
 from ttt_omni.processing_ttt_omni import SPEECH_INSTRUCTION
 
 
@@ -284,8 +289,66 @@ def test_bad_usage(arguments, capsys):
     assert "error: " in stderr.splitlines()[-1]
 
 
+COMMANDS = ("convert", "make-tiny", "calibrate", "finetune", "distill", "export", "answer", "chat")
+
+
 def test_help(capsys):
     status, stdout, _ = run(capsys, "--help")
     assert status == 0
-    for command in ("convert", "make-tiny", "answer"):
+    for command in COMMANDS:
         assert command in stdout
+        status, text, _ = run(capsys, command, "--help")
+        assert status == 0 and f"ttt-omni {command} " in text.partition("example")[2], command
+    assert run(capsys, "--version")[:2] == (0, f"ttt-omni {ttt_omni.__version__}\n")
+
+
+HELP = """
+import runpy, sys
+try:
+    runpy.run_module("ttt_omni", run_name="__main__", alter_sys=True)
+finally:
+    heavy = {name.partition(".")[0] for name in sys.modules} & {"torch", "transformers", "numpy", "huggingface_hub"}
+    assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["convert", "--help"], ["chat", "--help"]])
+def test_help_imports_nothing_heavy(words, tmp_path):
+    program = tmp_path / "ttt-omni"  # as pip calls it
+    program.write_text(HELP)
+    assert subprocess.run([sys.executable, str(program), *words], check=True, capture_output=True).stdout
+
+
+def test_the_package_registers_unless_it_is_the_command(tmp_path):
+    """And where a program of another's has the command's name, at the first use of what is public."""
+    program = "import sys, ttt_omni\nprint('ttt_omni.registration' in sys.modules, ttt_omni.TTTOmniConfig.__name__)\n"
+    program += "from transformers import AutoConfig\nAutoConfig.for_model('ttt_omni')\n"
+    for name, registers in (("program.py", True), ("ttt-omni", False)):
+        (tmp_path / name).write_text(program)
+        done = subprocess.run([sys.executable, str(tmp_path / name)], check=True, capture_output=True, text=True)
+        assert done.stdout.split() == [str(registers), "TTTOmniConfig"]
+
+
+def test_choices_are_those_of_the_conversion():
+    assert set(cli.MODES) == set(LAYER_TYPES) and set(cli.DTYPES) == set(DTYPES)
+    assert set(ttt_omni.__all__) == {*registration.__all__, "ttt_lora_config"}
+
+
+def test_a_language_model_that_is_to_listen_and_speak(tiny_model_dir, tmp_path, capsys):
+    """And its plain form again."""
+    plain, source = tmp_path / "plain", tiny_model_dir / "llama-omni"
+    assert run(capsys, "export", "--model", tiny_model_dir, "--output", plain)[0] == 0
+    assert AutoConfig.from_pretrained(plain).model_type == "llama"
+    fresh = ["--whisper", source / "whisper.pt", "--listen", "--speak", 100, "--vocoder", source / "vocoder.pt"]
+    fresh += ["--vocoder-config", source / "vocoder_config.json", "--layers=2-3", "--output", tmp_path / "model"]
+    assert run(capsys, "convert", "--source", plain, *fresh)[0] == 0
+    config = AutoConfig.from_pretrained(tmp_path / "model")
+    assert config.audio_config is not None and config.speech_decoder_config.unit_vocab_size == 100
+    assert_fails(capsys, "is no TTT-Omni model but 'llama'", "export", "--model", plain, "--output", tmp_path / "b")
+    config = json.loads((tiny_model_dir / "config.json").read_text())
+    config["text_config"]["layer_types"][3] = "linear_attention"
+    shutil.copytree(tiny_model_dir, tmp_path / "replaced", ignore=shutil.ignore_patterns("llama-omni"))
+    (tmp_path / "replaced" / "config.json").write_text(json.dumps(config))
+    assert_fails(
+        capsys, "layer 3", "export", "--model", tmp_path / "replaced", "--output", tmp_path / "b", "--backbone"
+    )

@@ -1,7 +1,6 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import ttt_omni
 from ttt_omni import ttt_lora_config
 from ttt_omni.conversion import ConversionError
-from ttt_omni.training import layer_matching_loss, logit_matching_loss, make_parent
+from ttt_omni.training import distill_stage, layer_matching_loss, logit_matching_loss, make_parent
 
 
 EXAMPLES = Path(ttt_omni.__file__).parent / "examples"
@@ -253,13 +252,12 @@ def test_nothing_to_match():
         layer_matching_loss(model, make_parent(model), {"input_ids": tokens(1, 3)})
 
 
-@pytest.fixture(scope="module")
-def distill():
-    sys.path.insert(0, str(EXAMPLES))
-    import distill
+def parse(*words):
+    return distill_stage.parse([str(word) for word in words])
 
-    yield distill
-    sys.path.remove(str(EXAMPLES))
+
+def train(*words):
+    return distill_stage.train(*parse(*words))
 
 
 @pytest.fixture(scope="module")
@@ -315,9 +313,9 @@ def losses(folder):
 
 
 @pytest.fixture(scope="module")
-def matched(distill, stages, tmp_path_factory):
+def matched(stages, tmp_path_factory):
     folder = tmp_path_factory.mktemp("matched") / "adapter"
-    distill.train(*distill.read_arguments(stages["layers"], f"output_dir={folder}"))
+    train(stages["layers"], f"--output_dir={folder}")
     return folder
 
 
@@ -332,10 +330,10 @@ def test_first_stage(matched, replaced):
     assert all(".ttt." in name for name in differing) and any("v_proj" in name for name in differing)
 
 
-def test_second_stage_goes_on_from_the_first(distill, stages, matched, tmp_path):
+def test_second_stage_goes_on_from_the_first(stages, matched, tmp_path):
     fresh, previous = (
-        distill.train(*distill.read_arguments(stages["logits"], f"output_dir={tmp_path / name}", *more))
-        for name, more in (("fresh", ["max_steps=1"]), ("next", [f"previous={matched}"]))
+        train(stages["logits"], f"--output_dir={tmp_path / name}", *more)
+        for name, more in (("fresh", ["--max_steps=1"]), ("next", [f"--previous={matched}"]))
     )
     curve = [entry["loss"] for entry in previous.state.log_history if "loss" in entry]
     assert curve[0] < fresh.state.log_history[0]["loss"]
@@ -343,10 +341,10 @@ def test_second_stage_goes_on_from_the_first(distill, stages, matched, tmp_path)
     assert "| distillation | logits |" in (tmp_path / "next" / "README.md").read_text()
 
 
-def test_interrupted_run_goes_on_from_its_checkpoint(distill, matched, stages, tmp_path):
+def test_interrupted_run_goes_on_from_its_checkpoint(matched, stages, tmp_path):
     checkpoint = "checkpoint-2"
     shutil.copytree(matched / checkpoint, tmp_path / checkpoint)
-    trainer = distill.train(*distill.read_arguments(stages["layers"], f"output_dir={tmp_path}"))
+    trainer = train(stages["layers"], f"--output_dir={tmp_path}")
     assert trainer.state.global_step == 3
     assert losses(tmp_path) == pytest.approx(losses(matched), rel=1e-5)
     resumed, straight = (load_file(path / "adapter_model.safetensors") for path in (tmp_path, matched))
@@ -354,10 +352,8 @@ def test_interrupted_run_goes_on_from_its_checkpoint(distill, matched, stages, t
         torch.testing.assert_close(resumed[name], tensor, atol=1e-5, rtol=1e-4)
 
 
-def test_bad_arguments(distill, stages, tmp_path):
+def test_bad_arguments(stages, tmp_path):
     with pytest.raises(ValueError, match="`objective` must be one of layers, logits, got 'all'"):
-        distill.read_arguments(stages["layers"], "objective=all", f"output_dir={tmp_path}")
-    with pytest.raises(ValueError, match="not of the form name=value"):
-        distill.read_arguments(stages["layers"], "--objective")
+        parse(stages["layers"], "--objective=all", f"--output_dir={tmp_path}")
     with pytest.raises(ValueError, match="`backpropagate_length` has no meaning here"):
-        distill.read_arguments(stages["layers"], "backpropagate_length=64", f"output_dir={tmp_path}")
+        parse(stages["layers"], "--backpropagate_length=64", f"--output_dir={tmp_path}")

@@ -2,7 +2,6 @@
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import ttt_omni
 from ttt_omni import TTTOmniForCausalLM
+from ttt_omni.training import stages
 
 
 EXAMPLES = Path(ttt_omni.__file__).parent / "examples"
@@ -104,10 +104,12 @@ def test_sharded_step_and_tensor_parallel_logits_equal_those_of_one_process(tiny
 
 # Accelerate shards only what is on accelerators: the processes pass for such.
 FINE_TUNING = """
-import runpy, sys
+import json, sys
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
+from ttt_omni.commands.cli import main
+from ttt_omni.training import stages
 
 start = PartialState.__init__
 
@@ -117,16 +119,21 @@ def start_with_accelerator(self, *args, **kwargs):
         self.distributed_type = DistributedType.MULTI_GPU
 
 PartialState.__init__ = start_with_accelerator
-finetune = runpy.run_path(sys.argv[1])
-overrides = sys.argv[3:]
-truncated = ["activation_checkpointing=false", "backpropagate_length=40"]
-for overrides in (overrides, [*overrides, *truncated]):
-    trainer = finetune["train"](*finetune["read_arguments"](sys.argv[2], *overrides))
+run, trainers = stages.run, []
+stages.run = lambda trainer: trainers.append(run(trainer))
+truncated = ["--activation_checkpointing=false", "--backpropagate_length=40"]
+for arguments in (sys.argv[1:], [*sys.argv[1:], *truncated]):
+    main(arguments)
+    trainer = trainers[-1]
     W1 = next(p for name, p in trainer.model.named_parameters() if name.endswith("default.W1"))
     assert isinstance(W1, DTensor) and W1.to_local().shape[0] == W1.shape[0] // 2
     if trainer.is_world_process_zero():
-        print("losses", [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        print("history", json.dumps(trainer.state.log_history))
 """
+
+
+# How often each is logged in two steps and an evaluation.
+LOGGED = {"loss": 2, "lm_loss": 2, "ctc_loss": 2, "eval_loss": 1, "eval_lm_loss": 1, "eval_ctc_loss": 1}
 
 
 def test_fine_tuning_under_accelerate_with_fsdp2(tiny_model_dir, spoken_corpus, tmp_path):
@@ -143,23 +150,32 @@ def test_fine_tuning_under_accelerate_with_fsdp2(tiny_model_dir, spoken_corpus, 
     values |= {"gradient_accumulation_steps": 1, "lr_scheduler_type": "constant"}
     (tmp_path / "stage.yaml").write_text(yaml.safe_dump(values))
     (tmp_path / "run.py").write_text(FINE_TUNING)
-    script, stage = str(EXAMPLES / "finetune.py"), str(tmp_path / "stage.yaml")
+    command = ["finetune", str(tmp_path / "stage.yaml"), f"--eval_manifest={manifest}"]
 
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--mixed_precision=no"]
-    launch += ["--config_file", f"{EXAMPLES}/accelerate/fsdp2.yaml", str(tmp_path / "run.py"), script, stage]
-    overrides = ["per_device_train_batch_size=1", f"output_dir={tmp_path / 'sharded'}"]
-    done = subprocess.run([*launch, *overrides], capture_output=True, text=True, env=ENVIRONMENT)
+    launch += ["--config_file", f"{EXAMPLES}/accelerate/fsdp2.yaml", str(tmp_path / "run.py"), *command]
+    launch += [
+        "--per_device_train_batch_size=1",
+        "--per_device_eval_batch_size=1",
+        f"--output_dir={tmp_path / 'sharded'}",
+    ]
+    done = subprocess.run(launch, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
-    sharded = [json.loads(words) for words in re.findall(r"^losses (.*)$", done.stdout, re.MULTILINE)]
+    sharded = [json.loads(words) for words in re.findall(r"^history (.*)$", done.stdout, re.MULTILINE)]
 
-    finetune, losses = runpy.run_path(script), []
-    overrides = ["per_device_train_batch_size=2", f"output_dir={tmp_path / 'whole'}"]
-    for truncated in ([], ["activation_checkpointing=false", "backpropagate_length=40"]):
-        trainer = finetune["train"](*finetune["read_arguments"](stage, *overrides, *truncated))
-        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert len(losses[0]) == 2 and losses[0][0] == pytest.approx(losses[1][0], rel=1e-4)
-    for one, two in zip(losses, sharded, strict=True):
-        assert two == pytest.approx(one, rel=1e-4)
+    whole = []
+    command += [
+        "--per_device_train_batch_size=2",
+        "--per_device_eval_batch_size=2",
+        f"--output_dir={tmp_path / 'whole'}",
+    ]
+    for truncated in ([], ["--activation_checkpointing=false", "--backpropagate_length=40"]):
+        whole.append(stages.train(*stages.parse([*command[1:], *truncated])).state.log_history)
+    for name, number in LOGGED.items():
+        one, two = ([[entry[name] for entry in log if name in entry] for log in logs] for logs in (whole, sharded))
+        assert [len(values) for values in one] == [number, number]
+        assert [pytest.approx(values, rel=1e-4) for values in one] == two, name
+    assert whole[0][0]["loss"] == pytest.approx(whole[1][0]["loss"], rel=1e-4)
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "sharded"))
     assert {name: x.shape for name, x in one.items()} == {name: x.shape for name, x in two.items()}
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), tmp_path / "sharded")

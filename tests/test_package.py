@@ -120,10 +120,14 @@ def test_the_wheel(tmp_path):
         "ttt_omni/__init__.py",
         "ttt_omni/__main__.py",
         "ttt_omni/checkpoint.py",
+        "ttt_omni/loading.py",
         "ttt_omni/model_card.md",
+        "ttt_omni/registration.py",
         *(f"ttt_omni/{name}" for name in FLAT_FILES),
     }
     assert {"ttt_omni/commands/cli.py", "ttt_omni/training/__init__.py", "ttt_kernels/__init__.py"} <= set(names)
+    recipes = {f"ttt_omni/examples/{path.parent.name}/{path.name}" for path in ROOT.glob("examples/[sd]*/*.yaml")}
+    assert len(recipes) == 6 and {name for name in names if "/examples/" in name} == recipes
     assert not any("tests" in name for name in names)
 
 

@@ -2,7 +2,6 @@
 """The README's and the model card's code runs as it stands, beside what `make demo` makes."""
 
 import re
-import runpy
 import shlex
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import soundfile
 import torch
 
 from ttt_omni.commands.cli import _parser, main
+from ttt_omni.training import distill_stage, stages
 
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +49,7 @@ def test_model_card(golden_model_dir, after_demo, monkeypatch, tmp_path):
     assert len(names["out"].waveform[0]) > 0
 
 
-def test_shell(after_demo, monkeypatch):
+def test_shell(after_demo):
     text = "".join(code_blocks(ROOT / "README.md", "sh")).replace("\\\n", " ")
     lines = [shlex.split(line, comments=True) for line in text.splitlines()]
     commands = [words[1:] for words in lines if words[0] == "ttt-omni"]
@@ -58,13 +58,10 @@ def test_shell(after_demo, monkeypatch):
     (answer,) = (command for command in commands if command[0] == "answer")
     main([*answer, "--max-new-tokens=4"])
     assert soundfile.info("answer.wav").frames > 0
-    stages = [words[words.index("examples/finetune.py") + 1 :] for words in lines if "examples/finetune.py" in words]
-    for stage in stages:
-        assert runpy.run_path("examples/finetune.py")["read_arguments"](*stage, "bf16=false")[0].length >= 8192
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    distillation = runpy.run_path("examples/distill.py")["read_arguments"]
-    steps = [words[2:] for words in lines if words[:2] == ["python", "examples/distill.py"]]
-    assert [distillation(*step, "bf16=false")[0].objective for step in steps] == ["layers", "logits"]
+    lengths = [stages.parse(words[words.index("finetune") + 1 :])[0].length for words in lines if "finetune" in words]
+    assert lengths == [8192, 16384, 8192]
+    steps = [distill_stage.parse(words[2:])[0].objective for words in lines if words[:2] == ["ttt-omni", "distill"]]
+    assert steps == ["layers", "logits"]
     assert all((ROOT / words[1]).is_file() for words in lines if words[0] == "python")
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     makes = [words[1] for words in lines if words[0] == "make"]

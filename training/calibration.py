@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..configuration_ttt_omni import TTTOmniConfig
 from ..files_ttt_omni import new_folder
+from ..loading import find_device, read_config
 from ..modeling_ttt_omni import TTTOmniForCausalLM
 from ..processing_ttt_omni import TTTOmniProcessor
 from .data import ConversationCollator, ConversationDataset
@@ -83,11 +83,10 @@ def calibrate_folder(
     Raises:
         ValueError, OSError: a model, a manifest or a folder that will not do.
     """
-    if device == "auto":
-        device = torch.accelerator.current_accelerator() or "cpu"
+    config, device = read_config(model), find_device(device)
     with new_folder(output) as folder:
         processor = TTTOmniProcessor.from_pretrained(model)
-        dataset = ConversationDataset(data, processor, TTTOmniConfig.from_pretrained(model))
+        dataset = ConversationDataset(data, processor, config)
         graft = TTTOmniForCausalLM.from_pretrained(model, dtype="auto", device_map=device)
         batches = DataLoader(dataset, collate_fn=ConversationCollator(processor.tokenizer.pad_token_id))
         calibrate(graft, tqdm(batches, desc="Calibrating", unit=" conversations"))

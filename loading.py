@@ -1,0 +1,42 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+"""What is to be known of a model and a device before anything is loaded, which takes minutes for a large one."""
+
+import os
+
+import torch
+
+from .configuration_ttt_omni import TTTOmniConfig
+
+
+def read_config(model: str | os.PathLike) -> TTTOmniConfig:
+    """
+    The configuration of `model`, a folder or a repository on the Hub.
+
+    Raises:
+        ValueError: if there is none, or that of another architecture.
+    """
+    try:
+        config, _ = TTTOmniConfig.get_config_dict(model)
+    except OSError:
+        config = {}
+    if not config:
+        raise ValueError(f"The model {model} is neither a folder with a config.json nor found on the Hub.")
+    if config.get("model_type") != TTTOmniConfig.model_type:
+        raise ValueError(f"{model} is no TTT-Omni model but {config.get('model_type')!r}: see `ttt-omni convert`.")
+    return TTTOmniConfig.from_dict(config)
+
+
+def find_device(name: str = "auto") -> torch.device:
+    """
+    The device called `name`, once it is known to be there; "auto" is an accelerator if there is one, or else the CPU.
+
+    Raises:
+        ValueError: if it cannot be used.
+    """
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        torch.empty(1, device=name).cpu()
+    except (RuntimeError, AssertionError) as error:  # the latter without CUDA
+        raise ValueError(f"The device {name!r} cannot be used: {str(error).partition(chr(10))[0]}") from error
+    return torch.device(name)
