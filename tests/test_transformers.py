@@ -93,6 +93,7 @@ TAKEN = {
     "transformers.utils.can_return_tuple": "func",
     "transformers.utils.deprecation.deprecate_kwarg": "old_name, version, new_name",
     "transformers.utils.generic.merge_with_config_defaults": "func",
+    "transformers.utils.is_torch_bf16_gpu_available": "",
     "transformers.utils.logging": None,
     "transformers.utils.output_capturing.capture_outputs": "func",
     "transformers.PreTrainedModel._init_weights": "module",
@@ -250,6 +251,7 @@ def test_nothing_unknown_is_swallowed(golden_model, golden, part):
         golden_model.generate(ids, kv_cache=DynamicCache(), max_new_tokens=2)
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 def test_the_old_word_for_the_cache(models):
     model, (first, second) = models("hybrid"), random_rows(0, [9, 4])
     logits = []
