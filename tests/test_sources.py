@@ -18,9 +18,9 @@ from test_backbones import BACKBONES, SIZES, write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 from transformers.utils import hub as transformers_hub
 
-from ttt_omni import TTTOmniForCausalLM, TTTOmniProcessor
-from ttt_omni.conversion import ConversionError, convert_llama_omni, sources
-from ttt_omni.conversion.sources import find_source
+from ttt_omni import TTTOmniForCausalLM, TTTOmniProcessor, checkpoint
+from ttt_omni.checkpoint import ConversionError, Source, find_source
+from ttt_omni.conversion import convert_llama_omni, gguf
 from ttt_omni.conversion.whisper import open_whisper
 
 
@@ -94,8 +94,8 @@ def test_what_is_downloaded(monkeypatch, tmp_path):
         return str(tmp_path)
 
     asked, got = [], []
-    monkeypatch.setattr(sources, "snapshot_download", snapshot_download)
-    assert find_source("me/model@refs/pr/7", "--source") == sources.Source(tmp_path, "me/model")
+    monkeypatch.setattr(checkpoint, "snapshot_download", snapshot_download)
+    assert find_source("me/model@refs/pr/7", "--source") == Source(tmp_path, "me/model")
     assert sorted(got) == sorted(there[:5] + there[6:8])
     got.clear()
     assert find_source("me/voice@v1.0/a/voice.pt", "--vocoder").path == tmp_path / "a" / "voice.pt"
@@ -108,7 +108,7 @@ def test_what_is_downloaded(monkeypatch, tmp_path):
 def test_a_folder_that_is_there_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("me/model").mkdir(parents=True)
-    assert find_source("me/model", "--source") == sources.Source(Path("me/model"))
+    assert find_source("me/model", "--source") == Source(Path("me/model"))
 
 
 RESPONSE = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co/me/model"))
@@ -134,7 +134,7 @@ def test_errors_of_the_hub(case, monkeypatch):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(sources, "snapshot_download", fail)
+    monkeypatch.setattr(checkpoint, "snapshot_download", fail)
     with pytest.raises(ConversionError, match=f"^--source: {message}") as raised:
         find_source("me/model@v3", "--source")
     assert "\n" not in str(raised.value)
@@ -260,10 +260,10 @@ def test_the_last_line(text_source, goldens, parts, tmp_path, capsys):
 
 def write_gguf(path, folder, architecture, strings=()):
     """The model in `folder`, as llama.cpp's converter writes it."""
-    gguf = pytest.importorskip("gguf")
+    package = pytest.importorskip("gguf")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     config = model.config
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = package.GGUFWriter(path, architecture)
     for name, value in dict(strings).items():
         writer.add_string(name, value)
     writer.add_block_count(config.num_hidden_layers)
@@ -288,7 +288,7 @@ def write_gguf(path, folder, architecture, strings=()):
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
     writer.add_chat_template(tokenizer.chat_template)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
+    names = package.get_tensor_name_map(package.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -364,7 +364,7 @@ def test_gguf_that_will_not_do(text_source, tmp_path, monkeypatch):
     path.write_bytes(whole.replace(b"tokenizer.chat_template", b"tokenizer.some_template"))
     with pytest.raises(ConversionError, match=f"^{path}: the tokenizer has no chat template"):
         convert_llama_omni(path, tmp_path / "out")
-    monkeypatch.setattr(sources, "is_gguf_available", lambda: False)
+    monkeypatch.setattr(gguf, "is_gguf_available", lambda: False)
     with pytest.raises(ConversionError, match=r"read by the package gguf: pip install 'ttt-omni\[gguf\]'"):
         convert_llama_omni(path, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["biases", "source", "tiny.gguf"]

@@ -1,35 +1,21 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
-"""Where a checkpoint comes from: a folder, a file, or a repository on the Hub; and GGUF as a folder."""
+"""GGUF files, read by Transformers, as folders of its own."""
 
-import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData, constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import httpx
+from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import is_gguf_available
 
-from ..checkpoint import ConversionError, LazyTensor, write_checkpoint
+from ..checkpoint import CARD_FILES, ConversionError, LazyTensor, write_checkpoint
 from .backbone import SOURCES
 
 
-# What of a repository says whose it is and under which terms, and what else a model is made of.
-CARD_FILES = ("README.md", "LICEN[CS]E*", "NOTICE*")
-MODEL_FILES = ("*.json", "*.jinja", "model.safetensors", "model-*.safetensors", "model.bin")
-REPOSITORY = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(refs/pr/\d+|[^/@]+))?(?:/(.+))?")
 # Fields of GGUF that a model's card has too.
 GGUF_CARD_FIELDS = {
     "license": "general.license",
@@ -37,61 +23,6 @@ GGUF_CARD_FIELDS = {
     "license_link": "general.license.link",
     "language": "general.languages",
 }
-
-
-@dataclass(frozen=True)
-class Source:
-    """A folder or file, and the repository on the Hub that it came from, if any, as `owner/name`."""
-
-    path: Path
-    repository: str | None = None
-
-
-def find_source(name: str | os.PathLike, option: str) -> Source:
-    """
-    Finds what a user names: a folder or file that is there, or else a repository on the Hub, `owner/name` or
-    `owner/name@revision`, or one file of it, as `owner/name/path/in/repo`, which the Hub's cache then has.
-
-    Args:
-        option: that names it, for errors.
-
-    Raises:
-        [`ConversionError`]: there is no such thing, or it may not be had, or the Hub cannot be reached.
-    """
-    path, found = Path(name), REPOSITORY.fullmatch(os.fspath(name))
-    if path.exists():
-        return Source(path)
-    if found is None:
-        raise ConversionError(f"{option}: {name} does not exist.")
-    repository, revision, file = found.groups()
-    try:
-        folder = snapshot_download(
-            repository,
-            revision=revision,
-            allow_patterns=[*CARD_FILES, *([file] if file else MODEL_FILES)],
-            ignore_patterns=None if file else "*/*",
-        )
-    except GatedRepoError:
-        raise ConversionError(
-            f"{option}: {repository} is gated: ask for access at {constants.ENDPOINT}/{repository}, and log in with "
-            "`hf auth login`."
-        ) from None
-    except RepositoryNotFoundError:
-        raise ConversionError(
-            f"{option}: {name} is neither here nor a repository on the Hub; for a private one, log in with "
-            "`hf auth login`."
-        ) from None
-    except RevisionNotFoundError:
-        raise ConversionError(f"{option}: {repository} on the Hub has no revision {revision!r}.") from None
-    except LocalEntryNotFoundError as error:
-        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else " ".join(str(error).split())
-        raise ConversionError(f"{option}: {name} is neither here nor in the Hub's cache, and {reason}.") from error
-    except (OSError, ValueError, httpx.HTTPError) as error:
-        raise ConversionError(f"{option}: {name} on the Hub: {' '.join(str(error).split())}") from error
-    path = Path(folder, file or "")
-    if not path.exists():
-        raise ConversionError(f"{option}: {repository} on the Hub, or its cache when offline, has no file {file}.")
-    return Source(path, repository)
 
 
 @contextmanager
