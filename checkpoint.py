@@ -1,10 +1,11 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints as tensors that are read one at a time."""
+"""Checkpoints, here or on the Hub, as tensors that are read one at a time."""
 
 import json
 import math
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import constants, snapshot_download, split_state_dict_into_shards_factory
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    StrictDataclassError,
+)
+from huggingface_hub.utils import httpx
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -26,6 +34,10 @@ class ConversionError(ValueError):
 # The dtypes of weights, by safetensors' names.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# What of a repository says whose it is and under which terms, and what else a model is made of.
+CARD_FILES = ("README.md", "LICEN[CS]E*", "NOTICE*")
+MODEL_FILES = ("*.json", "*.jinja", "model.safetensors", "model-*.safetensors", "model.bin")
+REPOSITORY = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(refs/pr/\d+|[^/@]+))?(?:/(.+))?")
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,61 @@ class LazyTensor:
         """One that is in memory, or mapped into it, already."""
         dtype = _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
         return cls(tuple(tensor.shape), lambda: tensor, origin, dtype)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder or file, and the repository on the Hub that it came from, if any, as `owner/name`."""
+
+    path: Path
+    repository: str | None = None
+
+
+def find_source(name: str | os.PathLike, option: str) -> Source:
+    """
+    Finds what a user names: a folder or file that is there, or else a repository on the Hub, `owner/name` or
+    `owner/name@revision`, or one file of it, as `owner/name/path/in/repo`, which the Hub's cache then has.
+
+    Args:
+        option: that names it, for errors.
+
+    Raises:
+        [`ConversionError`]: there is no such thing, or it may not be had, or the Hub cannot be reached.
+    """
+    path, found = Path(name), REPOSITORY.fullmatch(os.fspath(name))
+    if path.exists():
+        return Source(path)
+    if found is None:
+        raise ConversionError(f"{option}: {name} does not exist.")
+    repository, revision, file = found.groups()
+    try:
+        folder = snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=[*CARD_FILES, *([file] if file else MODEL_FILES)],
+            ignore_patterns=None if file else "*/*",
+        )
+    except GatedRepoError:
+        raise ConversionError(
+            f"{option}: {repository} is gated: ask for access at {constants.ENDPOINT}/{repository}, and log in with "
+            "`hf auth login`."
+        ) from None
+    except RepositoryNotFoundError:
+        raise ConversionError(
+            f"{option}: {name} is neither here nor a repository on the Hub; for a private one, log in with "
+            "`hf auth login`."
+        ) from None
+    except RevisionNotFoundError:
+        raise ConversionError(f"{option}: {repository} on the Hub has no revision {revision!r}.") from None
+    except LocalEntryNotFoundError as error:
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else " ".join(str(error).split())
+        raise ConversionError(f"{option}: {name} is neither here nor in the Hub's cache, and {reason}.") from error
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise ConversionError(f"{option}: {name} on the Hub: {' '.join(str(error).split())}") from error
+    path = Path(folder, file or "")
+    if not path.exists():
+        raise ConversionError(f"{option}: {repository} on the Hub, or its cache when offline, has no file {file}.")
+    return Source(path, repository)
 
 
 @contextmanager

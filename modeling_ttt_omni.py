@@ -1,9 +1,12 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 """TTT-Omni: LLaMA-Omni whose language model remembers through Test-Time Training."""
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub import ModelCard
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
@@ -15,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, cached_file, can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -86,6 +89,17 @@ class TTTOmniPreTrainedModel(PreTrainedModel):
 
             register_parallel_styles()
         return super().from_pretrained(*args, **kwargs)
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        """Where `push_to_hub` makes up a card, takes that of the folder or repository that the model came from."""
+        path = os.path.join(working_dir, "README.md")
+        made_up = ModelCard.load(path)
+        if self.name_or_path and "has been automatically generated" in made_up.text:
+            with suppress(OSError):  # there is none
+                card = ModelCard.load(cached_file(self.name_or_path, "README.md"))
+                card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *(made_up.data.tags or [])]))
+                card.save(path)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):

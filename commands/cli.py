@@ -92,14 +92,18 @@ def _add_convert(commands) -> None:
     example = "--source Llama-3.1-8B-Omni --whisper large-v3.pt \\\n    --vocoder g_00500000 "
     example += "--vocoder-config config.json --output ttt-omni-8b"
     convert = _add_command(
-        commands, "convert", _convert, "Convert a LLaMA-Omni or Llama 3 checkpoint to TTT-Omni", example
+        commands, "convert", _convert, "Convert LLaMA-Omni, or a Llama, Qwen or Mistral, to TTT-Omni", example
     )
-    convert.add_argument("--source", required=True, metavar="DIR", help="LLaMA-Omni or Llama 3 checkpoint")
+    convert.add_argument(
+        "--source", required=True, metavar="SOURCE", help="folder, owner/name on the Hub, or GGUF file"
+    )
     convert.add_argument("--output", required=True, metavar="DIR", help="new folder for the model")
     convert.add_argument(
-        "--whisper", metavar="FILE_OR_DIR", help="OpenAI's .pt or a Transformers folder, if not inside the checkpoint"
+        "--whisper", metavar="SOURCE", help="OpenAI's .pt, or Transformers' or CTranslate2's, if not inside the source"
     )
-    convert.add_argument("--vocoder", metavar="FILE", help="fairseq's unit HiFi-GAN")
+    convert.add_argument(
+        "--vocoder", metavar="FILE", help="fairseq's unit HiFi-GAN, here or as owner/name/file on the Hub"
+    )
     convert.add_argument("--vocoder-config", metavar="FILE", help="the JSON that comes with it")
     convert.add_argument(
         "--listen", action="store_true", help="give a language model a fresh speech projector, to be trained"

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 
 import torch
 from transformers import (
@@ -21,12 +20,14 @@ from transformers import (
 from transformers.utils import logging
 
 from ..checkpoint import (
+    CARD_FILES,
     ConversionError,
     LazyTensor,
     check_layers,
     check_sizes,
     check_tensors,
     errors_of,
+    find_source,
     open_checkpoint,
     read_json,
     write_checkpoint,
@@ -51,6 +52,8 @@ from .backbone import (
     read_tokenizer,
     text_values,
 )
+from .card import make_model_card, summary
+from .gguf import as_folder
 from .graft import LAYER_TYPES, fresh_tensor, graft, select_layers
 from .vocoder import load_fairseq_vocoder, vocoder_config_from_fairseq
 from .whisper import open_openai_encoder, open_whisper
@@ -140,13 +143,16 @@ def convert_llama_omni(
     in LLaMA-Omni2's layout is converted without its speech generator, to answer in text.
 
     Weights are read and written one tensor at a time, and everything is checked before anything is written. The
-    `output` folder appears when it is complete; it loads with `from_pretrained`, also as remote code.
+    `output` folder appears when it is complete; it loads with `from_pretrained`, also as remote code. A line on stdout
+    says what it is and what to do next.
 
     Args:
-        source: folder with `config.json`, `model.safetensors` or shards with their index, and the tokenizer.
+        source: folder with `config.json`, `model.safetensors` or shards with their index, and the tokenizer; or a
+            GGUF file, which is read whole, in `dtype`, before the rest goes on. This and the next three may be on the
+            Hub: `"owner/name"`, `"owner/name@revision"`, or of one file `"owner/name/path/in/repo"`.
         output: folder to make.
-        whisper: Whisper's encoder, as OpenAI's `.pt` file or as a Transformers folder. It takes precedence over an
-            encoder inside the checkpoint, and may be left out where there is one.
+        whisper: Whisper's encoder, as OpenAI's `.pt` file, or as a folder of Transformers or CTranslate2. It takes
+            precedence over an encoder inside the checkpoint, and may be left out where there is one.
         vocoder, vocoder_config: fairseq's unit HiFi-GAN and its JSON.
         listen: whether a language model gets a speech projector, to be trained; it takes `whisper`.
         speak: number of speech units of the speech decoder, to be trained, that a language model gets.
@@ -165,23 +171,31 @@ def convert_llama_omni(
         [`ConversionError`]: what is wrong with the checkpoint, in one line.
         FileExistsError: `output` is a file, or a folder that is not empty.
     """
+    if mode not in LAYER_TYPES:
+        raise ConversionError(f"The mode must be one of {', '.join(LAYER_TYPES)}, got {mode!r}.")
+    if dtype not in DTYPES:
+        raise ConversionError(f"The dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     with new_folder(output) as folder:
-        conversion = plan_conversion(
-            Path(source),
-            whisper=whisper,
-            vocoder=vocoder,
-            vocoder_config=vocoder_config,
-            listen=listen,
-            speak=speak,
-            layers=layers,
-            mode=mode,
-            ttt_type=ttt_type,
-            mini_batch_size=mini_batch_size,
-            attention_window=attention_window,
-            attention_sinks=attention_sinks,
-            dtype=dtype,
-        )
-        conversion.write(folder, max_shard_size)
+        found = find_source(source, "--source")
+        with as_folder(found.path, folder, DTYPES[dtype]) as source_folder:
+            conversion = plan_conversion(
+                source_folder,
+                repository=found.repository,
+                whisper=whisper,
+                vocoder=vocoder,
+                vocoder_config=vocoder_config,
+                listen=listen,
+                speak=speak,
+                layers=layers,
+                mode=mode,
+                ttt_type=ttt_type,
+                mini_batch_size=mini_batch_size,
+                attention_window=attention_window,
+                attention_sinks=attention_sinks,
+                dtype=dtype,
+            )
+            conversion.write(folder, max_shard_size)
+    print(conversion.summary(output))
 
 
 @dataclass
@@ -194,21 +208,33 @@ class Conversion:
     processor: TTTOmniProcessor
     generation_config: GenerationConfig
     model_card: str
+    licences: list[Path]
+    ttt_layers: list[int]
+    mode: str
+    has_fresh_parts: bool
 
     def write(self, folder: Path, max_shard_size: int | str = "5GB") -> None:
         """Writes everything into the existing `folder`."""
         self.config.save_pretrained(folder)
         self.generation_config.to_json_file(folder / "generation_config.json")
         self.processor.save_pretrained(folder)
-        (folder / "README.md").write_text(self.model_card, encoding="utf-8")
+        (folder / "README.md").write_text(self.model_card + "\n", encoding="utf-8")
         for file in PACKAGE_FOLDER.glob("*_ttt_omni.py"):
             shutil.copyfile(file, folder / file.name)
+        for file in self.licences:
+            shutil.copyfile(file, folder / file.name)
         write_checkpoint(folder, self.tensors, self.dtypes, max_shard_size)
+
+    def summary(self, output: str | os.PathLike) -> str:
+        """What is written into `output`, and what to do with it next, in one line."""
+        size = sum(math.prod(tensor.shape) * self.dtypes[name].itemsize for name, tensor in self.tensors.items())
+        return summary(output, size, self.config, self.ttt_layers, self.mode, self.has_fresh_parts)
 
 
 def plan_conversion(
     source: Path,
     *,
+    repository: str | None = None,
     whisper: str | os.PathLike | None = None,
     vocoder: str | os.PathLike | None = None,
     vocoder_config: str | os.PathLike | None = None,
@@ -222,11 +248,12 @@ def plan_conversion(
     attention_sinks: int = 4,
     dtype: str = "bfloat16",
 ) -> Conversion:
-    """Reads all of the checkpoint but its weights, and checks it; arguments are those of [`convert_llama_omni`]."""
-    if mode not in LAYER_TYPES:
-        raise ConversionError(f"The mode must be one of {', '.join(LAYER_TYPES)}, got {mode!r}.")
-    if dtype not in DTYPES:
-        raise ConversionError(f"The dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    """
+    Reads all of the checkpoint in the folder `source` but its weights, and checks it.
+
+    Args:
+        repository: on the Hub, that `source` came from; the other arguments are those of [`convert_llama_omni`].
+    """
     config, tensors, processor = _read(source, whisper, vocoder, vocoder_config, listen, speak)
     ttt_layers = select_layers(layers, config.text_config.num_hidden_layers)
     config = _grafted(config, ttt_layers, mode, ttt_type, mini_batch_size, attention_window, attention_sinks)
@@ -234,15 +261,19 @@ def plan_conversion(
 
     config.architectures = [TTTOmniForCausalLM.__name__]
     config.dtype = DTYPES[dtype]
-    card = Template((PACKAGE_FOLDER / "model_card.md").read_text(encoding="utf-8"))
+    has_fresh_parts = listen or speak is not None
     return Conversion(
         config=config,
         tensors=tensors,
         dtypes={name: _dtype(name, config.dtype) for name in tensors},
         processor=processor,
         generation_config=_generation_config(source, config, processor.tokenizer, listen),
-        model_card=card.substitute(
-            base_model=re.sub(r"[^\w.-]", "-", source.resolve().name),
+        model_card=make_model_card(
+            source,
+            repository,
+            config,
+            has_fresh_parts=has_fresh_parts,
+            is_llama_omni=read_config(source)["model_type"].startswith("omni"),
             layers=", ".join(map(str, ttt_layers)),
             mode=mode,
             ttt_type=ttt_type,
@@ -250,6 +281,10 @@ def plan_conversion(
             attention_window=attention_window or "unbounded",
             dtype=dtype,
         ),
+        licences=[file for pattern in CARD_FILES[1:] for file in sorted(source.glob(pattern)) if file.is_file()],
+        ttt_layers=ttt_layers,
+        mode=mode,
+        has_fresh_parts=has_fresh_parts,
     )
 
 
@@ -271,6 +306,9 @@ def _read(
     listens = _has_part(LISTENING, tensors, values, source)
     speaks = _has_part(SPEAKING, tensors, values, source)
     _check_parts(listens, speaks, listen, speak, whisper, vocoder, vocoder_config, source)
+    whisper = None if whisper is None else find_source(whisper, "--whisper").path
+    vocoder = None if vocoder is None else find_source(vocoder, "--vocoder").path
+    vocoder_config = None if vocoder_config is None else find_source(vocoder_config, "--vocoder-config").path
     tensors, encoder = _rename(tensors)
     text = text_values(values, tensors, source)
     parts = {}
@@ -278,7 +316,7 @@ def _read(
         parts |= _listening_config(values, tensors, source)
         parts["audio_config"], encoder = _encoder(values, encoder, whisper, source)
     elif listen:
-        parts["audio_config"], encoder = open_whisper(Path(whisper))
+        parts["audio_config"], encoder = open_whisper(whisper)
     tensors |= {f"model.audio_tower.{name}": tensor for name, tensor in encoder.items()}
     if speaks:
         parts["speech_decoder_config"] = _speech_decoder_config(values, tensors, source)
@@ -477,12 +515,12 @@ def _fresh_speech_decoder_config(text: dict, units: int) -> TTTOmniSpeechDecoder
 
 
 def _encoder(
-    values: dict, inside: dict[str, LazyTensor], whisper: str | os.PathLike | None, source: Path
+    values: dict, inside: dict[str, LazyTensor], whisper: Path | None, source: Path
 ) -> tuple[WhisperConfig, dict[str, LazyTensor]]:
     """The encoder that was asked for, which wins over the one inside, as in the original."""
     if whisper is None and not inside:
         raise ConversionError(f"{source} has no Whisper encoder inside; give the one of its training with --whisper.")
-    config, encoder = open_openai_encoder(inside, source) if whisper is None else open_whisper(Path(whisper))
+    config, encoder = open_openai_encoder(inside, source) if whisper is None else open_whisper(whisper)
     if config.d_model != values["speech_encoder_hidden_size"]:
         raise ConversionError(
             f"The Whisper encoder {whisper or 'inside'} is {config.d_model} wide, but {source} was trained with one "

@@ -1,15 +1,20 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
-"""Whisper's encoder, in OpenAI's format or that of Transformers, as the tensors of a `WhisperEncoder`."""
+"""Whisper's encoder, of OpenAI, Transformers or CTranslate2, as the tensors of a `WhisperEncoder`."""
 
+import math
 import re
+import struct
 from pathlib import Path
 
+import numpy as np
+import torch
 from transformers import WhisperConfig
 from transformers.utils import logging
 
 from ..checkpoint import (
     ConversionError,
     LazyTensor,
+    check_dtype,
     check_layers,
     check_sizes,
     errors_of,
@@ -52,13 +57,40 @@ _BLOCK_MODULES = {
     "mlp.2": "fc2",
     "mlp_ln": "final_layer_norm",
 }
+# CTranslate2's file, its dtypes by their number, and what it calls the modules of a layer and of the encoder.
+_CT2_FILE = "model.bin"
+_CT2_DTYPES = {
+    0: ("F32", torch.float32),
+    1: ("I8", torch.int8),
+    2: ("I16", torch.int16),
+    3: ("I32", torch.int32),
+    4: ("F16", torch.float16),
+    5: ("BF16", torch.bfloat16),
+}
+_CT2_MODULES = {
+    "position_encodings": "embed_positions",
+    "self_attention/layer_norm": "self_attn_layer_norm",
+    "self_attention/linear_1": "self_attn.out_proj",
+    "ffn/layer_norm": "final_layer_norm",
+    "ffn/linear_0": "fc1",
+    "ffn/linear_1": "fc2",
+}
+_CT2_PARAMETERS = {"gamma": "weight", "beta": "bias", "encodings": "weight"}
 
 
 def open_whisper(path: Path) -> tuple[WhisperConfig, dict[str, LazyTensor]]:
-    """Config and encoder tensors of OpenAI's file (`{"dims", "model_state_dict"}`) or of a Transformers folder."""
+    """
+    Config and encoder tensors of OpenAI's file (`{"dims", "model_state_dict"}`), of a folder of Transformers, or of
+    CTranslate2 (as faster-whisper has them: a folder with `model.bin`, or that file).
+    """
     if not path.exists():
         raise ConversionError(f"The Whisper encoder {path} does not exist.")
-    return _open_hugging_face(path) if path.is_dir() else _open_openai(path)
+    if path.name == _CT2_FILE:
+        return _open_ctranslate2(path)
+    if not path.is_dir():
+        return _open_openai(path)
+    is_ctranslate2 = (path / _CT2_FILE).is_file() and not any(path.glob("*.safetensors*"))
+    return _open_ctranslate2(path / _CT2_FILE) if is_ctranslate2 else _open_hugging_face(path)
 
 
 def _open_hugging_face(folder: Path) -> tuple[WhisperConfig, dict[str, LazyTensor]]:
@@ -87,6 +119,77 @@ def _open_openai(path: Path) -> tuple[WhisperConfig, dict[str, LazyTensor]]:
     check_sizes({field: dims[field] for field in _DIMS[:-1]}, tensors, path)
     check_layers(dims["n_audio_layer"], tensors, "blocks.", f"{path}: `n_audio_layer`")
     return _config(*(dims[field] for field in _DIMS)), rename_openai_encoder(tensors)
+
+
+def _open_ctranslate2(path: Path) -> tuple[WhisperConfig, dict[str, LazyTensor]]:
+    what = "a Whisper checkpoint in CTranslate2's format"
+    try:
+        spec, variables = _read_ctranslate2(path)
+        if spec != "WhisperSpec":
+            raise ValueError(f"it holds a {spec[:40]!r}")
+        variables = {name.removeprefix("encoder/"): x for name, x in variables.items() if name.startswith("encoder/")}
+        n_head = int(variables.pop("num_heads").read())
+        _, n_mels, _ = variables["conv1/weight"].shape
+        n_ctx, n_state = variables["position_encodings/encodings"].shape
+    except (OSError, LookupError, ValueError, RuntimeError, struct.error) as error:
+        raise ConversionError(f"{path} is not {what}: {error}") from error
+    tensors = {}
+    for name, tensor in variables.items():
+        if not tensor.shape:  # what says how to run it
+            continue
+        check_dtype(tensor)
+        layer, module, parameter = re.fullmatch(r"(?:layer_(\d+)/)?(.*?)/?(\w*)", name).groups()
+        prefix = f"layers.{layer}." if layer else ""
+        parameter = _CT2_PARAMETERS.get(parameter, parameter)
+        if module == "self_attention/linear_0":
+            for i, part in enumerate("qkv"):
+                # Keys have no bias: one added to all scores of a query, and to no effect.
+                if (part, parameter) != ("k", "bias"):
+                    tensors[f"{prefix}self_attn.{part}_proj.{parameter}"] = _third(tensor, i)
+        else:
+            tensors[f"{prefix}{_CT2_MODULES.get(module, module)}.{parameter}"] = tensor
+    layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
+    check_sizes({"num_heads": n_head}, tensors, path)
+    return _config(n_mels, n_ctx, n_state, n_head, len(layers)), tensors
+
+
+def _third(tensor: LazyTensor, index: int) -> LazyTensor:
+    rows = tensor.shape[0] // 3
+    return LazyTensor((rows, *tensor.shape[1:]), lambda: tensor.read().split(rows)[index], tensor.origin, tensor.dtype)
+
+
+def _read_ctranslate2(path: Path) -> tuple[str, dict[str, LazyTensor]]:
+    """
+    The name of the model's kind, and its variables. The file: a version, that name and its revision, the number of
+    variables, and of each its name, rank, shape, dtype, number of bytes and these. Names come with their length.
+    """
+
+    def number(form: str) -> int:
+        (value,) = struct.unpack(f"<{form}", file.read(struct.calcsize(form)))
+        return value
+
+    def text() -> str:
+        return file.read(number("H")).decode().removesuffix("\0")
+
+    def reader(offset, size, dtype, shape):
+        return lambda: torch.from_numpy(np.fromfile(path, np.uint8, size, offset=offset)).view(dtype).view(shape)
+
+    variables, end = {}, path.stat().st_size
+    with open(path, "rb") as file:
+        version = number("I")
+        if not 4 <= version <= 6:  # in which the format is this
+            raise ValueError(f"its version is {version}, not 4 to 6")
+        spec, _ = text(), number("I")
+        for _ in range(number("I")):
+            name = text()
+            shape = tuple(number("I") for _ in range(number("B")))
+            (dtype_name, dtype), size = _CT2_DTYPES[number("B")], number("I")
+            offset = file.tell()
+            if size != math.prod(shape) * dtype.itemsize or offset + size > end:
+                raise ValueError(f"{name!r} of shape {list(shape)} is not whole; download it again")
+            variables[name] = LazyTensor(shape, reader(offset, size, dtype, shape), f"`{name}` in {path}", dtype_name)
+            file.seek(size, 1)
+    return spec, variables
 
 
 def open_openai_encoder(tensors: dict[str, LazyTensor], source: Path) -> tuple[WhisperConfig, dict[str, LazyTensor]]:

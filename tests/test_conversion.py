@@ -646,7 +646,7 @@ BAD_INPUT = {
     "layer outside": (lambda s, a: a.update({"--layers": "2-4"}), "Layer 4 is outside the model.*0-3"),
     "layers that are none": (lambda s, a: a.update({"--layers": "2:3"}), "no list of numbers"),
     "mini-batch of 0": (lambda s, a: a.update({"--mini-batch-size": 0}), "ttt_mini_batch_size"),
-    "missing source": (lambda s, a: a.update({"--source": s / "none"}), "not a folder"),
+    "missing source": (lambda s, a: a.update({"--source": s / "none"}), "--source: .*none does not exist"),
 }  # fmt: skip
 
 CONV = "encoder.conv1.weight"

@@ -141,7 +141,7 @@ def test_the_lock_is_within_the_ranges():
     """And holds nothing but versions, which any machine's pip can take."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    requirements = project["dependencies"] + extras["kernels"] + extras["train"] + extras["test"]
+    requirements = project["dependencies"] + extras["gguf"] + extras["kernels"] + extras["train"] + extras["test"]
     lock = read_lock()
     for requirement in map(Requirement, requirements):
         if requirement.name != project["name"]:

@@ -50,8 +50,11 @@ def test_model_card(golden_model_dir, after_demo, monkeypatch, tmp_path):
 
 
 def test_shell(after_demo):
-    text = "".join(code_blocks(ROOT / "README.md", "sh")).replace("\\\n", " ")
-    lines = [shlex.split(line, comments=True) for line in text.splitlines()]
+    readme = ROOT / "README.md"
+    in_tables = re.findall(r"^\|.*`(ttt-omni .*)` \|$", readme.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(in_tables) == 6
+    text = "\n".join([*code_blocks(readme, "sh"), *in_tables]).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in text.splitlines() if line]
     commands = [words[1:] for words in lines if words[0] == "ttt-omni"]
     for command in commands:
         _parser().parse_args(command)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checkpoint import ConversionError, check_tensors, open_checkpoint
+from ..checkpoint import ConversionError, check_tensors, find_source, open_checkpoint
 from ..layers_ttt_omni import TokenLayout, TTTOmniDecoderLayer, lay_out_tokens, make_attention
 from ..modeling_ttt_omni import TTTOmniForCausalLM, TTTOmniTextModel
 from .calibration import INPUTS
@@ -25,13 +25,15 @@ def make_parent(student: TTTOmniForCausalLM, source: str | os.PathLike | None = 
 
     Args:
         student: a graft.
-        source: folder that the student was converted from, or that of another conversion of it. Only the attention
-            that `linear_attention` layers lack is read; may be left out where there are none.
+        source: folder that the student was converted from, or that of another conversion of it, or its name on the Hub
+            (`owner/name`). Only the attention that `linear_attention` layers lack is read; may be left out where there
+            are none.
 
     Raises:
         [`ConversionError`]: if the student lacks attention and there is no source, or one that lacks it too or has
             that of a model of another size.
     """
+    folder = None if source is None else find_source(source, "source").path
     parent = copy.deepcopy(student, {id(x): x for x in (*student.parameters(), *student.buffers())})
     text_model = parent.model.language_model
     for config in (parent.config.text_config, text_model.config):
@@ -43,11 +45,11 @@ def make_parent(student: TTTOmniForCausalLM, source: str | os.PathLike | None = 
         if layer.self_attn is not None:
             for name, projection in layer.self_attn.named_children():  # modules, as they may be quantised
                 setattr(attention, name, projection)
-        elif source is None:
+        elif folder is None:
             raise ConversionError(f"Layer {layer.layer_idx} has no attention to learn from: give the graft's source.")
         else:
             shapes = {name: tuple(x.shape) for name, x in attention.named_parameters()}
-            weights = _read_attention(Path(source), layer.layer_idx, shapes)
+            weights = _read_attention(folder, layer.layer_idx, shapes)
             weights = {name: x.to(layer.input_layernorm.weight) for name, x in weights.items()}
             attention.load_state_dict(weights, assign=True)
         layer.self_attn = attention
