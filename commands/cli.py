@@ -56,16 +56,12 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = commands.add_parser("convert", help="convert LLaMA-Omni, or a Llama, Qwen or Mistral, to TTT-Omni")
     convert.set_defaults(command=convert_llama_omni)
-    convert.add_argument(
-        "--source", required=True, metavar="SOURCE", help="folder, owner/name on the Hub, or GGUF file"
-    )
+    convert.add_argument("--source", required=True, metavar="SOURCE", help="folder, owner/name on the Hub, or GGUF")
     convert.add_argument("--output", required=True, metavar="DIR", help="new folder for the model")
     convert.add_argument(
         "--whisper", metavar="SOURCE", help="OpenAI's .pt, or Transformers' or CTranslate2's, if not inside the source"
     )
-    convert.add_argument(
-        "--vocoder", metavar="FILE", help="fairseq's unit HiFi-GAN, here or as owner/name/file on the Hub"
-    )
+    convert.add_argument("--vocoder", metavar="FILE", help="fairseq's unit HiFi-GAN, or owner/name/file on the Hub")
     convert.add_argument("--vocoder-config", metavar="FILE", help="the JSON that comes with it")
     convert.add_argument("--layers", help="layers that get TTT, as 24-31 or 0,2,5-7 (default: the upper quarter)")
     convert.add_argument(

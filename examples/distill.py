@@ -42,8 +42,8 @@ class DistillationArguments(StageArguments):
     """
     Args:
         objective: "layers" or "logits".
-        source: the checkpoint that the graft was converted from, a folder or a name on the Hub; needed if TTT stands in
-            attention's place.
+        source: the checkpoint that the graft was converted from, a folder or a name on the Hub; needed if TTT stands
+            in attention's place.
         temperature: of the logits.
         label_weight: weight of the `loss` of the labels beside that of the parent's logits.
     """
