@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,7 @@ def convert_llama_omni(
     in LLaMA-Omni2's layout is converted without its speech generator, to answer in text.
 
     Weights are read and written one tensor at a time, and everything is checked before anything is written. The
-    `output` folder appears when it is complete; it loads with `from_pretrained`, also as remote code. A line on stdout
+    `output` folder appears when it is complete; it loads with `from_pretrained`, also as remote code. A line on stderr
     says what it is and what to do next.
 
     Args:
@@ -195,7 +196,7 @@ def convert_llama_omni(
                 dtype=dtype,
             )
             conversion.write(folder, max_shard_size)
-    print(conversion.summary(output))
+    print(conversion.summary(output), file=sys.stderr)
 
 
 @dataclass

@@ -239,6 +239,7 @@ def test_modes_types_and_dtypes(goldens, parts, tmp_path, mode, ttt_type, dtype)
         for name in file.keys():
             expected = "F32" if any(part in name.split(".") for part in kept) else {"b": "BF16", "f": "F16"}[dtype[0]]
             assert file.get_slice(name).get_dtype() == expected, name
+    kept += ("lr_gate", "input_proj", "output_proj") if dtype == "float16" else ()  # as Transformers loads them
     for name, parameter in model.named_parameters():
         kept_in_float32 = any(part in name.split(".") for part in kept)
         assert parameter.dtype == (torch.float32 if kept_in_float32 else getattr(torch, dtype)), name

@@ -233,7 +233,7 @@ def test_a_fresh_projector_trains(real, heard):
     model, projector = real.graft, real.graft.model.multi_modal_projector
     model.requires_grad_(False)
     projector.requires_grad_(True)
-    optimizer, losses = torch.optim.AdamW(projector.parameters(), lr=1e-4), []
+    optimizer, losses = torch.optim.AdamW(projector.parameters(), lr=3e-5), []
     for _ in range(3):
         loss = model(**inputs, labels=labels).loss
         loss.backward()

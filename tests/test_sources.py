@@ -240,9 +240,11 @@ def test_the_last_line(text_source, goldens, parts, tmp_path, capsys):
     def line(source, name, **kwargs):
         capsys.readouterr()
         convert_llama_omni(source, tmp_path / name, **kwargs)
-        out = capsys.readouterr().out
-        assert out.count("\n") == 1 and out.startswith(f"Wrote {tmp_path / name}: ")
-        return out
+        out, err = capsys.readouterr()
+        assert out == "" and err.endswith("\n")
+        last = err.splitlines()[-1]
+        assert last.startswith(f"Wrote {tmp_path / name}: ")
+        return last
 
     text = line(text_source, "text", layers="1,3", dtype="float32")
     size = sum(x.numel() * x.itemsize for x in load_file(tmp_path / "text" / "model.safetensors").values())
