@@ -88,6 +88,12 @@ class TTTOmniPreTrainedModel(PreTrainedModel):
             from .parallel_ttt_omni import register_parallel_styles
 
             register_parallel_styles()
+        try:
+            from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as lora_targets
+
+            lora_targets[TTTOmniConfig.model_type] = LORA_TARGET_MODULES
+        except ImportError:  # PEFT is optional, and takes time to import
+            pass
         return super().from_pretrained(*args, **kwargs)
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
@@ -594,12 +600,6 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
         if config.vocoder_config is not None:
             self.vocoder = TTTOmniVocoder._from_config(config.vocoder_config).requires_grad_(False)  # no loss has it
         self.post_init()
-        try:
-            from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as lora_targets
-
-            lora_targets[config.model_type] = LORA_TARGET_MODULES
-        except ImportError:  # PEFT is optional, and takes time to import
-            pass
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.get_input_embeddings()

@@ -28,6 +28,7 @@ GB = 10**9
 CONVERT = """
 import re, sys
 from ttt_omni.commands.cli import main
+import ttt_omni.conversion.llama_omni  # which the command loads
 
 def print_peak():
     print(1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]))
