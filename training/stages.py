@@ -1,6 +1,7 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 """`ttt-omni finetune`: a graft learns to use its memory, in stages on ever longer conversations. Needs PEFT."""
 
+import atexit
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -286,4 +288,7 @@ def train(stage: StageArguments, arguments: TrainingArguments) -> StageTrainer:
 
 def main(words: list[str]) -> None:
     """`ttt-omni finetune` with these arguments."""
-    train(*parse(words))
+    stage, arguments = parse(words)
+    # A process that ended with its threads for the others still running would abort.
+    atexit.register(PartialState().destroy_process_group)
+    train(stage, arguments)
