@@ -57,8 +57,6 @@ CONFIG_FIELDS = (
     "num_key_value_heads",
     "head_dim",
 )
-
-
 FIELDS_OF_VERSION_1 = (
     "ttt_base_lr",
     "ttt_gate_init",

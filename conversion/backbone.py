@@ -64,9 +64,7 @@ def text_values(values: dict, tensors: dict[str, LazyTensor], source: Path) -> d
     check_layers(num_layers, tensors, "model.language_model.layers.", f"{path}: `num_hidden_layers`")
     backbone, config_class = SOURCES[values["model_type"]]
     known = (*LlamaConfig.__annotations__, *ROPE_FIELDS)
-    text = {
-        name: values[name] for name in known if name in values
-    }  # as `TTTOmniTextConfig`, a `LlamaConfig`, reads it
+    text = {name: values[name] for name in known if name in values}  # as a `LlamaConfig`, which ours is, reads it
     text["layer_types"] = ["full_attention"] * num_layers
     with errors_of(path):
         if backbone != "llama":

@@ -255,7 +255,10 @@ def plan_conversion(
     Args:
         repository: on the Hub, that `source` came from; the other arguments are those of [`convert_llama_omni`].
     """
-    config, tensors, processor = _read(source, whisper, vocoder, vocoder_config, listen, speak)
+    if not source.is_dir():
+        raise ConversionError(f"The source {source} is not a folder.")
+    values = read_config(source)
+    config, tensors, processor = _read(source, values, whisper, vocoder, vocoder_config, listen, speak)
     ttt_layers = select_layers(layers, config.text_config.num_hidden_layers)
     config = _grafted(config, ttt_layers, mode, ttt_type, mini_batch_size, attention_window, attention_sinks)
     tensors = graft(tensors, config.text_config, _shapes(config))
@@ -274,7 +277,7 @@ def plan_conversion(
             repository,
             config,
             has_fresh_parts=has_fresh_parts,
-            is_llama_omni=read_config(source)["model_type"].startswith("omni"),
+            is_llama_omni=values["model_type"].startswith("omni"),
             layers=", ".join(map(str, ttt_layers)),
             mode=mode,
             ttt_type=ttt_type,
@@ -291,6 +294,7 @@ def plan_conversion(
 
 def _read(
     source: Path,
+    values: dict,
     whisper: str | os.PathLike | None,
     vocoder: str | os.PathLike | None,
     vocoder_config: str | os.PathLike | None,
@@ -298,9 +302,6 @@ def _read(
     speak: int | None,
 ) -> tuple[TTTOmniConfig, dict[str, LazyTensor], TTTOmniProcessor]:
     """The checkpoint and what comes with it, as a model without TTT that has all the tensors it should have."""
-    if not source.is_dir():
-        raise ConversionError(f"The source {source} is not a folder.")
-    values = read_config(source)
     tensors = open_checkpoint(source)
     if values["model_type"] in LLAMA_OMNI2:
         values, tensors = _without_speech_generator(values, tensors, source)

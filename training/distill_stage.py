@@ -10,7 +10,7 @@ from ..modeling_ttt_omni import TTTOmniForCausalLM
 from .arguments import EXAMPLES, StageParser, check_stage
 from .distillation import layer_matching_loss, logit_matching_loss, make_parent
 from .lora import ttt_lora_config
-from .stages import StageArguments, StageTrainer, _described, add_adapter, load_base, read_data, run
+from .stages import StageArguments, StageTrainer, add_adapter, described, load_base, read_data, run
 
 
 OBJECTIVES = ("layers", "logits")
@@ -32,16 +32,16 @@ layers, 0.6 billion parameters are trained, which take 9 GB with their gradients
 class DistillationArguments(StageArguments):
     """Those of a stage, and what it learns from the parent."""
 
-    objective: str = _described(
+    objective: str = described(
         "`layers`: each TTT layer learns what the parent's attention does; `logits`: the model what the parent says.",
         default="logits",
     )
-    source: str | None = _described(
+    source: str | None = described(
         "Folder of the checkpoint that the graft was converted from; needed if TTT stands in attention's place.",
         default=None,
     )
-    temperature: float = _described("Of the logits.", default=1.0)
-    label_weight: float = _described(
+    temperature: float = described("Of the logits.", default=1.0)
+    label_weight: float = described(
         "Weight of the `loss` of the labels beside that of the parent's logits.", default=0.0
     )
 

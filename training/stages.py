@@ -33,7 +33,7 @@ The same command again goes on from the last checkpoint after an interruption. T
   accelerate launch -m ttt_omni finetune 8k ..."""
 
 
-def _described(text: str, **kwargs: Any) -> Any:
+def described(text: str, **kwargs: Any) -> Any:
     """A field with a help text."""
     return field(metadata={"help": text}, **kwargs)
 
@@ -42,28 +42,28 @@ def _described(text: str, **kwargs: Any) -> Any:
 class StageArguments:
     """The fields of a stage beside those of [`TrainingArguments`]; the help of each says what it is."""
 
-    model: str = _described("Folder or repository of the calibrated graft.")
-    manifest: str = _described("Conversations to train on, a JSONL file in LLaMA-Omni's form.")
-    length: int = _described("Conversations are joined into ones of at most so many tokens.")
-    eval_manifest: str | None = _described(
+    model: str = described("Folder or repository of the calibrated graft.")
+    manifest: str = described("Conversations to train on, a JSONL file in LLaMA-Omni's form.")
+    length: int = described("Conversations are joined into ones of at most so many tokens.")
+    eval_manifest: str | None = described(
         "Conversations to evaluate on, when `eval_strategy` says so or else at the end.", default=None
     )
-    previous: str | None = _described(
+    previous: str | None = described(
         "Folder or repository of the adapter of the stage before; without it, a fresh one is made.", default=None
     )
-    rank: int = _described("Rank of a fresh adapter.", default=16)
-    memory_learning_rate: float = _described("For what belongs to TTT; `learning_rate` is for the rest.", default=1e-3)
-    loss: str = _described("`lm` of the text, `ctc` of the speech, or `both`.", default="both")
-    loss_chunk_size: int = _described("Positions whose logits are held at a time.", default=1024)
-    packing: bool = _described("Put the items of a batch into one row rather than padding them.", default=True)
-    backpropagate_length: int | None = _described(
+    rank: int = described("Rank of a fresh adapter.", default=16)
+    memory_learning_rate: float = described("For what belongs to TTT; `learning_rate` is for the rest.", default=1e-3)
+    loss: str = described("`lm` of the text, `ctc` of the speech, or `both`.", default="both")
+    loss_chunk_size: int = described("Positions whose logits are held at a time.", default=1024)
+    packing: bool = described("Put the items of a batch into one row rather than padding them.", default=True)
+    backpropagate_length: int | None = described(
         "Gradients go back through so many tokens at most, for lengths whose activations do not fit: forward and "
         "backward pass run piece by piece, each on what those before left in TTT's state and in attention's cache. A "
         "piece is cut before an answer rather than in it, so that it may be somewhat shorter, and all losses are "
         "those of the whole. Without activation checkpointing, which has no use for a cache.",
         default=None,
     )
-    drop_audio_padding: bool = _described(
+    drop_audio_padding: bool = described(
         "Give no embeddings to the padding of speech to 30 s, other than the original.", default=False
     )
 
