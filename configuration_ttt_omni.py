@@ -341,6 +341,10 @@ class TTTOmniVocoderConfig(PreTrainedConfig):
             Width of the duration predictor.
         variance_predictor_kernel_size (`int`, defaults to 3):
             Kernel size of the duration predictor.
+        resblock (`str`, defaults to `"1"`):
+            HiFi-GAN's kind of residual block, `"1"` or `"2"`.
+        num_frame_layers (`int`, defaults to 0):
+            Layers over frames between the units' embeddings and the generator.
         sampling_rate (`int`, defaults to 16000):
             Samples per second of the waveform.
     """
@@ -358,6 +362,8 @@ class TTTOmniVocoderConfig(PreTrainedConfig):
     upsample_kernel_sizes: list[int] | tuple[int, ...] = (11, 8, 8, 4, 4)
     resblock_kernel_sizes: list[int] | tuple[int, ...] = (3, 7, 11)
     resblock_dilation_sizes: list | tuple = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
+    resblock: str = "1"
+    num_frame_layers: int = 0
     leaky_relu_slope: float = 0.1
     sampling_rate: int = 16000
     initializer_range: float = 0.02
@@ -393,6 +399,11 @@ class TTTOmniVocoderConfig(PreTrainedConfig):
             f"`sampling_rate` must be at most {MAX_SAMPLING_RATE}, got {self.sampling_rate}.",
         )
         _require_numbers(self, "var_pred_dropout", "leaky_relu_slope", "initializer_range")
+        _require(self.resblock in ("1", "2"), f"`resblock` must be '1' or '2', got {self.resblock!r}.")
+        _require(
+            type(self.num_frame_layers) is int and 0 <= self.num_frame_layers <= 100,
+            f"`num_frame_layers` must be an integer from 0 to 100, got {self.num_frame_layers!r}.",
+        )
         _require(
             all(size % 2 == 1 for size in self.resblock_kernel_sizes),
             f"`resblock_kernel_sizes` must be odd, got {list(self.resblock_kernel_sizes)}.",

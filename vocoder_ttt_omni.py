@@ -16,10 +16,61 @@ from transformers.models.seamless_m4t_v2.modeling_seamless_m4t_v2 import (
 from .configuration_ttt_omni import TTTOmniVocoderConfig
 
 
+class TTTOmniVocoderResBlock2(nn.Module):
+    """HiFi-GAN's residual block of the second kind: one dilated convolution at a time."""
+
+    def __init__(self, channels: int, kernel_size: int, dilations: list[int], leaky_relu_slope: float):
+        super().__init__()
+        self.leaky_relu_slope = leaky_relu_slope
+        self.convs = nn.ModuleList(
+            nn.Conv1d(channels, channels, kernel_size, dilation=dilation, padding=(kernel_size - 1) * dilation // 2)
+            for dilation in dilations
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [B, C, T]
+        for conv in self.convs:
+            hidden_states = hidden_states + conv(nn.functional.leaky_relu(hidden_states, self.leaky_relu_slope))
+        return hidden_states
+
+
+class TTTOmniHifiGan(SeamlessM4Tv2HifiGan):
+    """HiFi-GAN's generator, with residual blocks of either kind."""
+
+    def __init__(self, config: TTTOmniVocoderConfig):
+        super().__init__(config)
+        if config.resblock == "2":
+            sizes = list(zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes))
+            channels = [config.upsample_initial_channel // 2 ** (i + 1) for i in range(self.num_upsamples)]
+            self.resblocks = nn.ModuleList(
+                TTTOmniVocoderResBlock2(width, kernel_size, dilations, config.leaky_relu_slope)
+                for width in channels
+                for kernel_size, dilations in sizes
+            )
+
+
+class TTTOmniVocoderFrameLayer(nn.Module):
+    """A residual layer over frames: a depthwise convolution, then an MLP (ConvNeXt's block)."""
+
+    KERNEL_SIZE = 7
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv1d(width, width, self.KERNEL_SIZE, padding=self.KERNEL_SIZE // 2, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:  # [B, C, F]
+        hidden_states = self.norm(self.conv(frames).transpose(1, 2))
+        hidden_states = self.fc2(nn.functional.gelu(self.fc1(hidden_states)))
+        return frames + hidden_states.transpose(1, 2)
+
+
 class TTTOmniVocoder(PreTrainedModel):
     r"""
     Unit HiFi-GAN with duration predictor, fairseq's `CodeHiFiGANVocoder`: every unit is repeated for as many frames as
-    it is predicted to last, and frames become `config.hop_length` samples each.
+    it is predicted to last, and frames become `config.hop_length` samples each. Where `config.num_frame_layers` is not
+    0, the generator is one of latents, as in VITS, which these layers make of the frames.
 
     Its parameters stay in float32 when the model that holds it is loaded in or cast to half precision.
     """
@@ -29,8 +80,8 @@ class TTTOmniVocoder(PreTrainedModel):
     main_input_name = "units"
     _no_split_modules = []
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # it has no attention that could object
-    _keep_in_fp32_modules_strict = ["unit_embedding", "dur_predictor", "hifi_gan"]
-    _keep_in_fp32_modules = [r".*\bdur_predictor\.proj"]  # what quantisers would take
+    _keep_in_fp32_modules_strict = ["unit_embedding", "dur_predictor", "frame_layers", "hifi_gan"]
+    _keep_in_fp32_modules = [r".*\bdur_predictor\.proj", r".*\bframe_layers"]  # what quantisers would take
 
     def __init__(self, config: TTTOmniVocoderConfig):
         super().__init__(config)
@@ -41,7 +92,10 @@ class TTTOmniVocoder(PreTrainedModel):
             config.variance_predictor_kernel_size,
             config.var_pred_dropout,
         )
-        self.hifi_gan = SeamlessM4Tv2HifiGan(config)
+        self.frame_layers = nn.Sequential(
+            *(TTTOmniVocoderFrameLayer(config.unit_embed_dim) for _ in range(config.num_frame_layers))
+        )
+        self.hifi_gan = TTTOmniHifiGan(config)
         self.float()
         self.post_init()
 
@@ -70,9 +124,11 @@ class TTTOmniVocoder(PreTrainedModel):
         reach = self.hifi_gan.conv_post.padding[0]  # in positions of each stage in turn, from the last to the first
         for stage, upsampler in reversed(list(enumerate(self.hifi_gan.upsampler))):
             resblocks = self.hifi_gan.resblocks[stage * num_kernels : (stage + 1) * num_kernels]
-            reach += max(sum(conv.padding[0] for conv in (*block.convs1, *block.convs2)) for block in resblocks)
+            reach += max(
+                sum(conv.padding[0] for conv in block.modules() if isinstance(conv, nn.Conv1d)) for block in resblocks
+            )
             reach = math.ceil((reach + upsampler.padding[0]) / upsampler.stride[0])
-        return reach + self.hifi_gan.conv_pre.padding[0]
+        return reach + self.hifi_gan.conv_pre.padding[0] + sum(layer.conv.padding[0] for layer in self.frame_layers)
 
     def check_units(self, units: torch.Tensor) -> None:
         """Raises `ValueError` unless `units` is one sequence of ids of this vocoder's units."""
@@ -97,7 +153,11 @@ class TTTOmniVocoder(PreTrainedModel):
         """Turns `frames` [F], the unit of each, into a waveform [F * hop_length]."""
         if frames.numel() == 0:
             return torch.empty(0, device=frames.device)
-        return self.hifi_gan(self.unit_embedding(frames).T[None])[0]
+        return self.hifi_gan(self.latents(frames[None]))[0]
+
+    def latents(self, frames: torch.LongTensor) -> torch.FloatTensor:
+        """What the generator makes samples of, `[B, unit_embed_dim, F]`, for `frames` `[B, F]`, the unit of each."""
+        return self.frame_layers(self.unit_embedding(frames).transpose(1, 2))
 
     def forward(self, units: torch.LongTensor) -> torch.FloatTensor:
         r"""

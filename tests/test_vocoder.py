@@ -39,19 +39,21 @@ def vocoder(goldens) -> TTTOmniVocoder:
 
 
 @st.composite
-def configs(draw) -> TTTOmniVocoderConfig:
+def configs(draw, of_fairseq: bool = False) -> TTTOmniVocoderConfig:
     upsample_rates = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
     resblock_kernel_sizes = draw(st.lists(st.sampled_from([1, 3, 5, 7]), min_size=1, max_size=3))
     dilations = st.lists(st.integers(1, 5), min_size=1, max_size=3)
     return TTTOmniVocoderConfig(
         unit_vocab_size=draw(st.integers(1, 20)),
-        unit_embed_dim=draw(st.integers(1, 12)),
+        unit_embed_dim=draw(st.integers(3, 12)),
         duration_predictor_hidden_dim=draw(st.integers(2, 12)),
         upsample_initial_channel=draw(st.integers(1, 3)) * 2 ** len(upsample_rates),
         upsample_rates=upsample_rates,
         upsample_kernel_sizes=[rate + 2 * draw(st.integers(0, 4)) for rate in upsample_rates],
         resblock_kernel_sizes=resblock_kernel_sizes,
         resblock_dilation_sizes=[draw(dilations) for _ in resblock_kernel_sizes],
+        resblock="1" if of_fairseq else draw(st.sampled_from(["1", "2"])),
+        num_frame_layers=0 if of_fairseq else draw(st.integers(0, 3)),
     )
 
 
@@ -231,9 +233,25 @@ def test_frame_context_is_the_receptive_field(config, seed):
     frames = vocoder.unit_embedding(torch.randint(config.unit_vocab_size, (2 * context + 5,)))
     frames = frames.detach().requires_grad_()  # [F, unit_embed_dim]
     middle = context + 2
-    samples = vocoder.hifi_gan(frames.T[None])[0, middle * hop_length : (middle + 1) * hop_length]
+    latents = vocoder.frame_layers(frames.T[None])
+    samples = vocoder.hifi_gan(latents)[0, middle * hop_length : (middle + 1) * hop_length]
     (gradient,) = torch.autograd.grad(samples.sum(), frames)
     assert gradient.abs().sum(1).ne(0).tolist() == [False] * 2 + [True] * (2 * context + 1) + [False] * 2
+
+
+@torch.no_grad()
+def test_residual_block_of_the_second_kind():
+    """One dilated convolution after the other, each beside its input: jik876/hifi-gan's `ResBlock2`."""
+    torch.manual_seed(0)
+    block = TTTOmniVocoder(TTTOmniVocoderConfig(**SMALL.to_dict() | {"resblock": "2"})).hifi_gan.resblocks[0]
+    x = torch.randn(1, 4, 30)
+    expected = x
+    for conv, dilation in zip(block.convs, (1, 3), strict=True):
+        padded = torch.nn.functional.pad(torch.nn.functional.leaky_relu(expected, 0.1), (dilation, dilation))
+        taps = [padded[..., dilation * tap : dilation * tap + 30] for tap in range(3)]
+        added = sum(torch.einsum("oi,bit->bot", conv.weight[:, :, tap], taps[tap]) for tap in range(3))
+        expected = expected + added + conv.bias[:, None]
+    torch.testing.assert_close(block(x), expected)
 
 
 def test_unit_context_is_the_receptive_field(vocoder):
@@ -244,7 +262,7 @@ def test_unit_context_is_the_receptive_field(vocoder):
 
 
 @settings(max_examples=20, deadline=None)
-@given(config=configs(), weight_norm=st.booleans(), seed=st.integers(0, 2**31))
+@given(config=configs(of_fairseq=True), weight_norm=st.booleans(), seed=st.integers(0, 2**31))
 def test_converts_other_sizes(tmp_path_factory, config, weight_norm, seed):
     vocoder = random_vocoder(config, seed)
     folder = tmp_path_factory.mktemp("vocoder")
