@@ -22,7 +22,7 @@ class TTTOmniGenerateOutput(ModelOutput):
     Args:
         sequences: `[B, prompt + new]`, as of any text model.
         units: B tensors `[U]`, the speech units of each row's answer.
-        waveform: B float32 tensors `[samples]` at 16 kHz; `None` if the model has no vocoder.
+        waveform: B float32 tensors `[samples]` at the vocoder's sampling rate; `None` if the model has no vocoder.
         cache: the cache, for the next turn of the conversation.
         sequences_scores, scores, logits, beam_indices, attentions, hidden_states: as in Transformers, where asked for.
     """

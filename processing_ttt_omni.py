@@ -98,9 +98,9 @@ def _sampling_rate(kwargs: dict) -> int | None:
 
 class TTTOmniAudioKwargs(AudioKwargs, total=False):
     """
-    drop_audio_padding (`bool`, *optional*, defaults to `False`):
-        Whether the padding of a window that speech fills only in part gets no embeddings; as the original, the default
-        gives every window those of a full one. Adds `input_features_mask` `[windows, 3000]` to the outputs.
+    drop_audio_padding (`bool`, *optional*):
+        Whether the padding of a window that speech fills only in part gets no embeddings; by default as the processor
+        was made. Adds `input_features_mask` `[windows, 3000]` to the outputs.
     """
 
     drop_audio_padding: bool | None
@@ -130,6 +130,11 @@ class TTTOmniProcessor(ProcessorMixin):
             By default LLaMA-Omni's prompt, for the tokenizer of Llama 3.
         speech_instruction (`str`, *optional*):
             The text that the model was trained to see beside a question in speech; by default LLaMA-Omni's.
+        drop_audio_padding (`bool`, defaults to `False`):
+            Whether the model was trained without embeddings for the padding of a window that speech fills only in
+            part; LLaMA-Omni was trained with.
+        output_sampling_rate (`int`, defaults to 16000):
+            That of the model's speech, its vocoder's.
     """
 
     valid_processor_kwargs = TTTOmniProcessorKwargs
@@ -144,6 +149,8 @@ class TTTOmniProcessor(ProcessorMixin):
         audio_downsample: int = 5,
         chat_template: str | None = None,
         speech_instruction: str = SPEECH_INSTRUCTION,
+        drop_audio_padding: bool = False,
+        output_sampling_rate: int = 16000,
     ):
         if audio_downsample < 1:
             raise ValueError(f"`audio_downsample` must be at least 1, got {audio_downsample}.")
@@ -153,6 +160,8 @@ class TTTOmniProcessor(ProcessorMixin):
             raise ValueError(f"`audio_token` {audio_token!r} is not in the tokenizer's vocabulary.")
         self.audio_downsample = audio_downsample
         self.speech_instruction = speech_instruction
+        self.drop_audio_padding = drop_audio_padding
+        self.output_sampling_rate = output_sampling_rate
         self.auto_map = {"AutoProcessor": "processing_ttt_omni.TTTOmniProcessor"}  # loading drops the saved one
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
@@ -177,7 +186,7 @@ class TTTOmniProcessor(ProcessorMixin):
 
         Returns:
             `input_ids` and `attention_mask` `[B, T]`, left-padded, `input_features` `[windows, n_mels, 3000]` of all
-            audios in order, and with `drop_audio_padding=True` their `input_features_mask` `[windows, 3000]`.
+            audios in order, and with `drop_audio_padding` their `input_features_mask` `[windows, 3000]`.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: for audio that cannot be read, for audio tokens and audios of
@@ -230,7 +239,7 @@ class TTTOmniProcessor(ProcessorMixin):
         message: dict[str, Any],
         history: torch.LongTensor | None = None,
         skip_silence: bool = False,
-        drop_audio_padding: bool = False,
+        drop_audio_padding: bool | None = None,
         device: str = "cpu",
     ) -> Iterator[dict[str, torch.Tensor]]:
         """
@@ -327,7 +336,7 @@ class TTTOmniProcessor(ProcessorMixin):
         self,
         audio: AudioInput,
         sampling_rate: int | None = None,
-        drop_audio_padding: bool = False,
+        drop_audio_padding: bool | None = None,
         device: str = "cpu",
     ) -> Iterator[BatchFeature]:
         """
@@ -342,6 +351,8 @@ class TTTOmniProcessor(ProcessorMixin):
             Model inputs: as many audio tokens as the window has embeddings in `input_ids` `[1, embeddings]`,
             `input_features` `[1, n_mels, 3000]`, and with `drop_audio_padding` `input_features_mask` `[1, 3000]`.
         """
+        if drop_audio_padding is None:
+            drop_audio_padding = self.drop_audio_padding
         sampling_rate_of_model = self.feature_extractor.sampling_rate
         blocks = read_audio(audio, sampling_rate_of_model, sampling_rate)
         for window in audio_windows(blocks, self.feature_extractor.n_samples):
@@ -397,7 +408,7 @@ class TTTOmniProcessor(ProcessorMixin):
                 self.iter_audio_windows(
                     waveform,
                     self.feature_extractor.sampling_rate,
-                    drop_audio_padding=bool(kwargs.get("drop_audio_padding")),
+                    drop_audio_padding=kwargs.get("drop_audio_padding"),
                     device=kwargs.get("device") or "cpu",
                 )
             )
@@ -440,7 +451,7 @@ class TTTOmniProcessor(ProcessorMixin):
         self,
         audio: np.ndarray | torch.Tensor | list,
         saving_path: str | os.PathLike | list[str | os.PathLike],
-        sampling_rate: int = 16000,
+        sampling_rate: int | None = None,
     ) -> None:
         """
         Save waveforms, such as those that the model generated: all of them, or none.
@@ -449,12 +460,13 @@ class TTTOmniProcessor(ProcessorMixin):
             audio: `[samples]`, or a list of such.
             saving_path: of the file, or a list of as many; its ending says what is written, such as `.wav` (of 16-bit
                 integers, in which what is beyond full scale is clipped), `.flac` or `.mp3`.
-            sampling_rate: in Hz; the vocoder's is 16,000.
+            sampling_rate: in Hz; by default the vocoder's.
 
         Raises:
             ValueError, OSError: for samples that are not finite, for numbers of waveforms and paths that differ, and
                 for paths that cannot be written.
         """
+        sampling_rate = self.output_sampling_rate if sampling_rate is None else sampling_rate
         paths = [saving_path] if isinstance(saving_path, str | os.PathLike) else saving_path
         waveforms = [audio] if is_one_audio(audio) else audio
         if len(paths) != len(waveforms):

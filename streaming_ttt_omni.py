@@ -21,7 +21,7 @@ class TTTOmniStreamEvent:
 
     Args:
         text: the next piece of the answer's text.
-        waveform: the next samples of its speech, float32 `[samples]` at the vocoder's sampling rate (16 kHz); none of
+        waveform: the next samples of its speech, float32 `[samples]` at the vocoder's sampling rate; none of
             a model that does not speak.
         token: the id of the token.
     """

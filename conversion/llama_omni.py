@@ -226,6 +226,14 @@ class Conversion:
             shutil.copyfile(file, folder / file.name)
         write_checkpoint(folder, self.tensors, self.dtypes, max_shard_size)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what a model of `config` saves."""
+        return _shapes(self.config)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What a tensor is saved in."""
+        return _dtype(name, self.config.dtype)
+
     def summary(self, output: str | os.PathLike) -> str:
         """What is written into `output`, and what to do with it next, in one line."""
         size = sum(math.prod(tensor.shape) * self.dtypes[name].itemsize for name, tensor in self.tensors.items())
@@ -330,6 +338,8 @@ def _read(
         tensors |= {f"vocoder.{name}": LazyTensor.of(x, f"`{name}` in {vocoder}") for name, x in state.items()}
     with errors_of(source):
         processor = _processor(source, values, parts.get("audio_config"), is_fresh=listen)
+    if "vocoder_config" in parts:
+        processor.output_sampling_rate = parts["vocoder_config"].sampling_rate
     if "audio_config" in parts:
         parts["audio_token_id"] = processor.audio_token_id
         tensors |= _with_rows(tensors, text, processor.audio_token_id + 1)

@@ -226,6 +226,20 @@ def test_long_audio_is_many_windows_as_the_original_makes_one(processor):
     torch.testing.assert_close(inputs["input_features"], windows["input_features"], atol=1e-5, rtol=0)
 
 
+def test_what_the_model_was_trained_on_is_the_default(tmp_path):
+    make_processor(chunk_length=1, drop_audio_padding=True, output_sampling_rate=22050).save_pretrained(tmp_path)
+    processor = TTTOmniProcessor.from_pretrained(tmp_path)
+    conversation = user(audio_item(noise(4000), sampling_rate=16000))
+    inputs = tokenize(processor, [conversation])
+    assert "input_features_mask" in inputs and inputs["input_ids"].eq(processor.audio_token_id).sum() == 3
+    pieces = [piece["input_ids"] for piece in processor.turn_pieces(conversation[0])]
+    assert torch.equal(torch.cat(pieces, 1)[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+    whole = tokenize(processor, [conversation], drop_audio_padding=False)
+    assert "input_features_mask" not in whole and whole["input_ids"].eq(processor.audio_token_id).sum() == 10
+    processor.save_audio(noise(100), tmp_path / "answer.wav")
+    assert soundfile.info(tmp_path / "answer.wav").samplerate == 22050
+
+
 @pytest.mark.parametrize("rate", [16000, 44100])
 def test_windows_read_from_disk_equal_those_in_memory(short_processor, tmp_path, rate, monkeypatch):
     monkeypatch.setattr(sys.modules[read_audio.__module__], "BLOCK_SAMPLES", 20000)

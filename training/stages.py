@@ -238,7 +238,7 @@ def read_data(stage: StageArguments, config: TTTOmniConfig) -> dict[str, Any]:
             processor,
             config,
             join_to_length=stage.length,
-            processor_kwargs={"drop_audio_padding": stage.drop_audio_padding},
+            processor_kwargs={"drop_audio_padding": True} if stage.drop_audio_padding else {},
         )
         for name, manifest in (("train_dataset", stage.manifest), ("eval_dataset", stage.eval_manifest))
     }
