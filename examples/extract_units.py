@@ -1,6 +1,6 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 """
-Gives the spoken answers of a manifest their `units`, with a HuBERT-style model and k-means.
+Gives the spoken answers of a manifest their `units`, with a HuBERT-style model or Whisper's encoder and k-means.
 
     python examples/extract_units.py spoken/corpus.jsonl spoken/units.jsonl \\
         --model voidful/mhubert-base --kmeans km.npy
@@ -14,9 +14,13 @@ pickle, which may run any code when it is opened, so that this program does not.
 
 Or `--fit 500` finds 500 clusters in the answers themselves, and keeps them in the new file km.npy.
 
-As in fairseq, a unit is the cluster of a frame of 20 ms, recordings are cut into pieces of 100 s, encoded one by one,
-and the frame that would span two pieces is lost. Runs of the same unit are merged, as the model and its vocoder take
-them. One recording is in memory at a time.
+A model of ours that listens is one as well: `--model converted` takes the Whisper encoder in it. Its `--layer` 1 to the
+last count as those of HuBERT.
+
+As in fairseq, a unit is the cluster of a frame of 20 ms, recordings are cut into pieces of 100 s, or of Whisper's 30 s,
+encoded one by one, and the frame that would span two pieces is lost. Runs of the same unit are merged, as the model and its vocoder take
+them; `--keep-frames` keeps the units of all frames too, as `frames`, from which a vocoder learns how long a unit lasts.
+One recording is in memory at a time.
 
 After an interruption, the same command goes on behind the last answer in units.jsonl.partial, and ends with the same
 file as if it had not been interrupted; but a fit that was interrupted begins anew.
@@ -27,14 +31,16 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoFeatureExtractor, AutoModel
+from transformers import AutoFeatureExtractor, AutoModel, WhisperFeatureExtractor, WhisperModel
 
+from ttt_omni import TTTOmniModel
 from ttt_omni.audio_ttt_omni import read_audio
 from ttt_omni.files_ttt_omni import new_file
 from ttt_omni.loading import find_device
@@ -50,20 +56,29 @@ class Encoder:
     The hidden states of a speech model of Transformers, at 50 Hz.
 
     Args:
-        name: folder or repository of a model that takes waveforms, such as HuBERT, wav2vec 2.0 or WavLM.
+        name: folder or repository of a model that takes waveforms, such as HuBERT, wav2vec 2.0 or WavLM, of Whisper,
+            or of a model of ours, whose Whisper encoder is taken.
         layer: its layer, counted from 1; as `output_layer` in fairseq.
+        dtype: to compute in.
 
     Raises:
         ValueError, OSError: for a model that will not do.
     """
 
-    def __init__(self, name: str, layer: int):
-        device = find_device()
-        self.extractor = AutoFeatureExtractor.from_pretrained(name)
-        self.model = AutoModel.from_pretrained(name, dtype=torch.float32).eval().to(device)
+    def __init__(self, name: str, layer: int, dtype: torch.dtype = torch.float32):
+        model = AutoModel.from_pretrained(name, dtype=dtype)
+        self.is_whisper = isinstance(model, (WhisperModel, TTTOmniModel))
+        if self.is_whisper:
+            model = model.encoder if isinstance(model, WhisperModel) else getattr(model, "audio_tower", None)
+            if model is None:
+                raise ValueError(f"{name} has no audio encoder.")
+            self.extractor = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
+        else:
+            if model.main_input_name != "input_values":
+                raise ValueError(f"{name} takes {model.main_input_name}: a model of waveforms, or Whisper, is needed.")
+            self.extractor = AutoFeatureExtractor.from_pretrained(name)
+        self.model = model.eval().to(find_device())
         self.layer = layer
-        if self.model.main_input_name != "input_values":
-            raise ValueError(f"{name} takes {self.model.main_input_name}: a model of waveforms is needed.")
         if not 1 <= layer <= self.model.config.num_hidden_layers:
             raise ValueError(f"{name} has the layers 1 to {self.model.config.num_hidden_layers}, not {layer}.")
 
@@ -72,25 +87,37 @@ class Encoder:
         """The frames `[T, hidden]` of a recording. Raises ValueError or OSError for one that has none."""
         rate = self.extractor.sampling_rate
         audio = np.concatenate(list(read_audio(path, rate)))
-        values = self.extractor(audio, sampling_rate=rate, return_tensors="pt").input_values  # [1, samples]
-        frames = []
-        for piece in values.split(PIECE_SECONDS * rate, dim=1):
-            if self.model._get_feat_extract_output_lengths(torch.tensor(piece.shape[1])) > 0:
-                outputs = self.model(piece.to(self.model.device), output_hidden_states=True)
-                frames.append(outputs.hidden_states[self.layer][0])
+        frames = list(self._whisper_frames(audio) if self.is_whisper else self._frames(audio))
         if not frames:
             raise ValueError(f"{path} has {len(audio)} samples, too few for a unit.")
-        return torch.cat(frames)
+        return torch.cat(frames).float()
+
+    def _whisper_frames(self, audio: np.ndarray) -> Iterator[torch.Tensor]:
+        size, hop = self.extractor.n_samples, 2 * self.extractor.hop_length
+        for start in range(0, len(audio), size):
+            piece = audio[start : start + size]
+            mel = self.extractor(piece, sampling_rate=self.extractor.sampling_rate, return_tensors="pt").input_features
+            mel = mel.to(self.model.device, self.model.dtype)
+            outputs = self.model(mel, output_hidden_states=True)
+            yield outputs.hidden_states[self.layer][0, : len(piece) // hop]
+
+    def _frames(self, audio: np.ndarray) -> Iterator[torch.Tensor]:
+        rate = self.extractor.sampling_rate
+        values = self.extractor(audio, sampling_rate=rate, return_tensors="pt").input_values  # [1, samples]
+        for piece in values.split(PIECE_SECONDS * rate, dim=1):
+            if self.model._get_feat_extract_output_lengths(torch.tensor(piece.shape[1])) > 0:
+                outputs = self.model(piece.to(self.model.device, self.model.dtype), output_hidden_states=True)
+                yield outputs.hidden_states[self.layer][0]
 
     def fingerprint(self) -> str:
         """A digest of all that its frames come from."""
         config = self.model.config.to_dict() | {"transformers_version": None, "_name_or_path": None}
-        settings = [config, self.extractor.to_dict(), self.layer, PIECE_SECONDS]
+        settings = [config, self.extractor.to_dict(), self.layer, PIECE_SECONDS, str(self.model.dtype)]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, weight in self.model.state_dict().items():
             if name != "masked_spec_embed":  # for training only, and random where a checkpoint lacks it
                 digest.update(name.encode())
-                digest.update(weight.numpy(force=True).tobytes())
+                digest.update(weight.float().numpy(force=True).tobytes())
         return digest.hexdigest()
 
 
@@ -136,9 +163,14 @@ def load_centroids(path: Path, encoder: Encoder) -> torch.Tensor:
     return torch.from_numpy(centroids).float().to(encoder.model.device)
 
 
-def units(frames: torch.Tensor, centroids: torch.Tensor) -> list[int]:
-    """The nearest of `centroids` `[clusters, hidden]` to each of `frames` `[T, hidden]`, runs of the same merged."""
-    return torch.cdist(frames, centroids).argmin(1).unique_consecutive().tolist()
+def nearest(frames: torch.Tensor, centroids: torch.Tensor) -> list[int]:
+    """The nearest of `centroids` `[clusters, hidden]` to each of `frames` `[T, hidden]`."""
+    return torch.cdist(frames, centroids).argmin(1).tolist()
+
+
+def merged(frames: list[int]) -> list[int]:
+    """`frames` with runs of the same merged."""
+    return [unit for unit, _ in groupby(frames)]
 
 
 def answers(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -204,7 +236,16 @@ def read_units(partial: BinaryIO, turn: dict[str, Any]) -> list[int] | None:
     return finished["units"]
 
 
-def extract(manifest: Path, output: Path, model: str, layer: int, kmeans: Path, fit: int | None) -> None:
+def extract(
+    manifest: Path,
+    output: Path,
+    model: str,
+    layer: int,
+    kmeans: Path,
+    fit: int | None,
+    keep_frames: bool = False,
+    dtype: str = "float32",
+) -> None:
     """
     Writes `manifest` with the units of its spoken answers as `output`.
 
@@ -213,9 +254,10 @@ def extract(manifest: Path, output: Path, model: str, layer: int, kmeans: Path, 
 
     Args:
         output: in the same folder, to which the manifest's paths are relative.
-        model, layer: as in [`Encoder`].
+        model, layer, dtype: as in [`Encoder`].
         kmeans: .npy file of centroids `[clusters, hidden]`.
         fit: make it anew, with so many clusters of the answers' frames; at most 256 frames for each are in memory.
+        keep_frames: keep the units of all frames as well, as `frames`.
 
     Raises:
         [`ManifestError`]: naming the line that is wrong.
@@ -231,7 +273,7 @@ def extract(manifest: Path, output: Path, model: str, layer: int, kmeans: Path, 
     total = sum(1 for _ in answers(manifest))
     if total == 0:
         raise ManifestError(f"{manifest} has no spoken answers: `speech` is missing in the turns of 'gpt'.")
-    encoder = Encoder(model, layer)
+    encoder = Encoder(model, layer, getattr(torch, dtype))
 
     if fit is not None and not kmeans.exists():
         fitted = fit_to_answers(manifest, total, encoder, fit)
@@ -250,7 +292,7 @@ def extract(manifest: Path, output: Path, model: str, layer: int, kmeans: Path, 
             with naming_line(manifest, number):
                 found = read_units(partial, turn)
                 if found is None:
-                    found = units(encoder(manifest.parent / turn["speech"]), centroids)
+                    found = nearest(encoder(manifest.parent / turn["speech"]), centroids)
                     partial.write(json.dumps({"speech": turn["speech"], "units": found}).encode() + b"\n")
                     partial.flush()
             return found
@@ -263,7 +305,10 @@ def extract(manifest: Path, output: Path, model: str, layer: int, kmeans: Path, 
         with new_file(output) as made, open(made, "w", encoding="utf-8") as file:
             for number, _, conversation in read_manifest(manifest):
                 for turn in spoken_answers(conversation.record):
-                    turn["units"] = take_units(number, turn)
+                    frames = take_units(number, turn)
+                    turn["units"] = merged(frames)
+                    if keep_frames:
+                        turn["frames"] = frames
                 file.write(json.dumps(conversation.record) + "\n")
     partial_path.unlink()
 
@@ -275,6 +320,8 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder, or repository on the Hub, of the speech model")
     parser.add_argument("--layer", type=int, default=11, help="of its hidden states (default: 11)")
     parser.add_argument("--kmeans", type=Path, required=True, help=".npy file of centroids")
+    parser.add_argument("--keep-frames", action="store_true", help="keep the units of all frames, too")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="to compute in")
     parser.add_argument("--fit", type=int, metavar="CLUSTERS", help="make that file of so many clusters")
     try:
         extract(**vars(parser.parse_args()))

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from transformers import AutoConfig, AutoProcessor, HubertModel, Wav2Vec2FeatureExtractor
+from transformers import AutoConfig, AutoProcessor, HubertModel, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
 import ttt_omni
+from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM
 from ttt_omni.benchmarks.finetuning import make_speech_model
 from ttt_omni.examples import extract_units, speak
 from ttt_omni.training import ConversationDataset, ManifestError
@@ -268,6 +269,36 @@ def test_other_rates_and_channels(hubert, tmp_path):
     soundfile.write(tmp_path / "b.wav", np.sin(np.arange(44100) * 0.05 * 16 / 44.1)[:, None].repeat(2, 1), 44100)
     frames = [extract_units.Encoder(str(hubert), 1)(tmp_path / name) for name in ("a.wav", "b.wav")]
     torch.testing.assert_close(frames[1][5:-5], frames[0][5:-5], atol=0.05, rtol=0.05)
+
+
+@torch.no_grad()
+def test_units_of_whisper(tiny_model_dir, answers, kmeans):
+    manifest, recordings = answers
+    output = manifest.with_name("units.jsonl")
+    extract_units.extract(manifest, output, str(tiny_model_dir), 1, kmeans, fit=None, keep_frames=True)
+    turns = [turn for line in output.read_text().splitlines() for turn in json.loads(line)["conversations"]]
+    spoken = {turn["speech"]: turn for turn in turns if "units" in turn}
+
+    tower = TTTOmniForCausalLM.from_pretrained(tiny_model_dir).model.audio_tower.eval()
+    centroids = torch.from_numpy(np.load(kmeans))
+    for name, samples in recordings.items():
+        mel = WhisperFeatureExtractor(feature_size=128)(samples.numpy(), sampling_rate=16000, return_tensors="pt")
+        states = torch.nn.functional.gelu(tower.conv1(mel.input_features))
+        states = torch.nn.functional.gelu(tower.conv2(states)).transpose(1, 2) + tower.embed_positions.weight
+        states = tower.layers[0](states, None)
+        states = states[0] if isinstance(states, tuple) else states
+        distances = ((states[0, : len(samples) // 320, None] - centroids) ** 2).sum(-1)  # [T, clusters]
+        expected = distances.argmin(1).tolist()
+        assert spoken[name]["frames"] == expected
+        assert spoken[name]["units"] == [unit for unit, _ in itertools.groupby(expected)]
+
+
+def test_a_model_that_does_not_hear_has_no_units(tmp_path, answers, kmeans):
+    config = TTTOmniConfig(text_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1})
+    config.text_config.vocab_size = 10
+    TTTOmniForCausalLM(config).save_pretrained(tmp_path / "deaf")
+    with pytest.raises(ValueError, match="has no audio encoder"):
+        extract_units.extract(answers[0], tmp_path / "units.jsonl", str(tmp_path / "deaf"), 1, kmeans, fit=None)
 
 
 def test_units_are_trained_on(hubert, answers, kmeans, tiny_model_dir):
