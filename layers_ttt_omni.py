@@ -119,6 +119,18 @@ class TTTOmniSlidingRotaryEmbedding(TTTOmniRotaryEmbedding):
         return *super().forward(x, index), *super().forward(x, index.clamp(max=self.max_distance))
 
 
+def project(module: nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v `[B, H, T, D]` of `[B, T, hidden_size]`, normalised as by the backbone's attention."""
+    hidden_shape = (*hidden_states.shape[:-1], -1, module.head_dim)
+    q, k, v = (
+        projection(hidden_states).view(hidden_shape).transpose(1, 2)
+        for projection in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    if hasattr(module, "q_norm"):
+        q, k = module.q_norm(q), module.k_norm(k)
+    return q, k, v
+
+
 class TTTOmniAttention(nn.Module):
     """Full attention of a backbone, and what windowed attention is made of as well."""
 
@@ -164,13 +176,7 @@ class TTTOmniSlidingAttention(TTTOmniAttention):
 
     def _attend(self, hidden_states, position_embeddings, places, layer, **kwargs):
         cos, sin, sink_cos, sink_sin = position_embeddings
-        hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, key, value = (
-            projection(hidden_states).view(hidden_shape).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )  # [B, H, T, D]
-        if hasattr(self, "q_norm"):
-            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = project(self, hidden_states)
         query_to_sinks, _ = apply_rotary_pos_emb(query, query, sink_cos, sink_sin)
         query, key = apply_rotary_pos_emb(query, key, cos, sin)
         keys, values, key_places = layer.update_window(key, value, places)  # [B, H, L + T, D], [B, L + T]
@@ -310,7 +316,6 @@ class TTTOmniTTT(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, width, bias=True)
         self.v_proj = nn.Linear(config.hidden_size, width, bias=attention.v_proj.bias is not None)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=attention.o_proj.bias is not None)
-        self.q_norm = self.k_norm = None
         if hasattr(attention, "q_norm"):
             self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
@@ -375,13 +380,7 @@ class TTTOmniTTT(nn.Module):
 
     def _project(self, hidden_states, state, token_mask, cu_seqlens):
         """q, k and v of the inner loop, `[B, H, T, D]`."""
-        hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q, k, v = (
-            projection(hidden_states).view(hidden_shape).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = project(self, hidden_states)
         if self.config.ttt_qk_norm != "none":
             norm = self.head_dim**0.5 if self.config.ttt_qk_norm == "rms" else 1.0
             q, k = (norm * nn.functional.normalize(x, dim=-1, eps=1e-6) for x in (q, k))

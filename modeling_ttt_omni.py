@@ -433,12 +433,6 @@ class TTTOmniModel(TTTOmniPreTrainedModel):
         self.language_model = TTTOmniTextModel._from_config(config.text_config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.language_model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.language_model.embed_tokens = value
-
     @can_return_tuple
     def get_audio_features(
         self,
@@ -600,12 +594,6 @@ class TTTOmniForCausalLM(TTTOmniPreTrainedModel, TTTOmniGenerationMixin, TTTOmni
         if config.vocoder_config is not None:
             self.vocoder = TTTOmniVocoder._from_config(config.vocoder_config).requires_grad_(False)  # no loss has it
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.set_input_embeddings(value)
 
     def get_audio_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
         return self.model.get_audio_features(*args, **kwargs)

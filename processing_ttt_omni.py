@@ -96,6 +96,14 @@ def _sampling_rate(kwargs: dict) -> int | None:
     return kwargs.get("audio_kwargs", {}).get("sampling_rate") if rate is None else rate
 
 
+def _audio_of(item: dict[str, Any]) -> AudioInput:
+    """The audio of an item of a message."""
+    for key in ("audio", "path", "url"):
+        if item.get(key) is not None:
+            return item[key]
+    raise ValueError("An audio item of the conversation has no 'audio', 'path' or 'url'.")
+
+
 class TTTOmniAudioKwargs(AudioKwargs, total=False):
     """
     drop_audio_padding (`bool`, *optional*):
@@ -276,8 +284,8 @@ class TTTOmniProcessor(ProcessorMixin):
         for text, item in zip(texts, [*audios, None]):
             yield {"input_ids": torch.tensor([text], dtype=torch.long)}
             if item is not None:
-                audio = next(item[key] for key in ("audio", "path", "url") if item.get(key) is not None)
-                for window in self.iter_audio_windows(audio, item.get("sampling_rate"), drop_audio_padding, device):
+                audio, rate = _audio_of(item), item.get("sampling_rate")
+                for window in self.iter_audio_windows(audio, rate, drop_audio_padding, device):
                     if not skip_silence or window["input_features"].max() > SILENCE:
                         yield window
 
@@ -376,12 +384,9 @@ class TTTOmniProcessor(ProcessorMixin):
         if isinstance(node, list | tuple):
             return [self._with_arrays(child, sampling_rate) for child in node]
         if isinstance(node, dict) and node.get("type") == "audio":
-            audio = next((node[key] for key in ("audio", "path", "url") if node.get(key) is not None), None)
-            if audio is None:
-                raise ValueError("An audio item of the conversation has no 'audio', 'path' or 'url'.")
             if node.get("sampling_rate") is not None:
                 sampling_rate = node["sampling_rate"]
-            return {"type": "audio", "audio": self._load_audio(audio, sampling_rate)}
+            return {"type": "audio", "audio": self._load_audio(_audio_of(node), sampling_rate)}
         if isinstance(node, dict) and isinstance(node.get("content"), list | tuple):
             return {**node, "content": self._with_arrays(node["content"], sampling_rate)}
         return node

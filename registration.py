@@ -1,4 +1,5 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+# ruff: noqa: F401
 """The public names of the package, and what makes them known to the Auto classes of Transformers."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor
@@ -26,20 +27,3 @@ TTTOmniConfig.register_for_auto_class()
 TTTOmniModel.register_for_auto_class("AutoModel")
 TTTOmniForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 TTTOmniProcessor.register_for_auto_class()
-
-
-__all__ = [
-    "TTTLinearState",
-    "TTTMLPState",
-    "TTTOmniConfig",
-    "TTTOmniForCausalLM",
-    "TTTOmniModel",
-    "TTTOmniProcessor",
-    "TTTOmniSpeechDecoderConfig",
-    "TTTOmniTextConfig",
-    "TTTOmniVocoderConfig",
-    "iter_sentences",
-    "ttt_linear",
-    "ttt_mlp",
-    "use_kernels",
-]

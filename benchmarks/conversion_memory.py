@@ -8,14 +8,13 @@ Peak memory of `ttt-omni convert`, against 1.5 times the largest source shard + 
 import argparse
 import json
 import math
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-import transformers
+from reporting import RESULTS, environment, store
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -81,7 +80,7 @@ def peak_memory(source: Path, output: Path) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "conversion_memory.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "conversion_memory.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"
@@ -99,12 +98,7 @@ def main() -> None:
         }
     for name, value in results.items():
         print(f"{name:15} {value if name == 'shards' else f'{value / GB:.3f} GB':>10}")
-    versions = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-    arguments.output.write_text(json.dumps(results | versions, indent=2) + "\n")
+    store(arguments.output, results | environment())
 
 
 if __name__ == "__main__":

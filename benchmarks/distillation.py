@@ -15,9 +15,7 @@ windows of 512 tokens from files that no model was trained on, and what TTT miss
 """
 
 import argparse
-import json
 import math
-import platform
 import shutil
 import sysconfig
 import tempfile
@@ -26,6 +24,7 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model
+from reporting import RESULTS, environment, store
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -196,8 +195,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict:
         "tokens_held_out": windows.numel(),
         "trained_parameters": trained,
         "rows": rows,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **environment(),
     }
 
 
@@ -211,11 +209,11 @@ def main() -> None:
     parser.add_argument("--matching-steps", type=int, default=200)
     parser.add_argument("--distillation-steps", type=int, default=600)
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "distillation.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "distillation.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         result = measure(arguments, arguments.folder or Path(temporary))
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    store(arguments.output, result)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,13 @@ loaded in a new process that knows the model by its remote code alone. Needs wha
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-import transformers
+from reporting import RESULTS, environment, store
 from safetensors.torch import save_file
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
@@ -152,7 +151,7 @@ def fine_tune(loss: str, steps: int, model: Path, manifest: Path, output: Path) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "finetuning.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "finetuning.json")
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -172,13 +171,7 @@ def main() -> None:
     print(f"\nlargest difference of logits, in a new process | {' | '.join('loss=' + run['loss'] for run in runs)}")
     for name in runs[0]["differences"]:
         print(f"{name} | {' | '.join(format(run['differences'][name], '.1e') for run in runs)}")
-    environment = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "processor": platform.processor() or platform.machine(),
-    }
-    result = {"environment": environment, "stage": STAGE, "runs": runs}
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    store(arguments.output, {"environment": environment(), "stage": STAGE, "runs": runs})
 
 
 if __name__ == "__main__":

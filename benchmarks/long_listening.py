@@ -10,9 +10,7 @@ writes benchmarks/results/long_listening.json.
 """
 
 import argparse
-import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -22,15 +20,13 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import soundfile
-import torch
-import transformers
+from reporting import RESULTS, environment, store
 from safetensors import safe_open
 
 from ttt_omni import TTTOmniConfig
 from ttt_omni.conversion import make_tiny
 
 
-RESULTS = Path(__file__).parent / "results" / "long_listening.json"
 RATE = 16000
 WINDOW_SECONDS, EMBEDDINGS = 30, 300  # of a window
 
@@ -117,11 +113,4 @@ if __name__ == "__main__":
         result = measure(Path(folder), arguments.minutes)
     for name, value in result.items():
         print(f"{name}: {value:.1f}" if isinstance(value, float) else f"{name}: {value}")
-    environment = {
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"environment": environment, **result}, indent=1) + "\n")
+    store(RESULTS / "long_listening.json", {"environment": environment(), **result})

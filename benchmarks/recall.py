@@ -18,12 +18,11 @@ resemble each other. "rms, whitened" has keys that a linear map of the calibrati
 
 import argparse
 import itertools
-import json
-import platform
 import sysconfig
 from pathlib import Path
 
 import torch
+from reporting import RESULTS, environment, store
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -178,7 +177,7 @@ def measure(keys: torch.Tensor, scale: str, norm: str, **ttt) -> tuple[float, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train-steps", type=int, default=400)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "recall.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "recall.json")
     arguments = parser.parse_args()
 
     sources = trained_keys(arguments.train_steps)
@@ -206,10 +205,9 @@ def main() -> None:
         "train_steps": arguments.train_steps,
         "columns": "share given back [before, after] calibration",
         "rows": rows,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **environment(),
     }
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    store(arguments.output, result)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ and started again by the same command. It must end with the loss and the adapter
 import argparse
 import json
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -22,10 +21,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-import peft
 import soundfile
-import torch
-import transformers
+from reporting import RESULTS, environment, store
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -103,7 +100,7 @@ def losses(folder: Path, steps: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps of each stage")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "stages.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "stages.json")
     arguments = parser.parse_args()
     if arguments.steps <= SAVE_STEPS:
         parser.error(f"--steps must be more than {SAVE_STEPS}, after which the first checkpoint is saved.")
@@ -134,16 +131,9 @@ def main() -> None:
         row = straight["losses"][0], straight["losses"][-1], killed["losses"][-1], gap
         print(f"{straight['tokens']} | " + " | ".join(f"{x:.6g}" for x in row))
     print(f"killed in stage 3 after step {killed_after} of {arguments.steps}; adapters differ by {difference:.3g}")
-    environment = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "processor": platform.processor() or platform.machine(),
-    }
-    result = {"environment": environment, "steps": arguments.steps, "killed after step": killed_after}
+    result = {"environment": environment("peft"), "steps": arguments.steps, "killed after step": killed_after}
     result |= {"largest difference of the adapters": difference, "runs": runs}
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    store(arguments.output, result)
 
 
 if __name__ == "__main__":

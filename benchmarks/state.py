@@ -10,17 +10,14 @@ Each prints a table and writes benchmarks/results/state_<name>.json.
 """
 
 import argparse
-import json
-import platform
 import re
 import subprocess
 import sys
 import time
-from dataclasses import fields
-from pathlib import Path
 
 import torch
 import transformers
+from reporting import RESULTS, environment, store
 from tqdm import tqdm
 from transformers import DynamicCache
 
@@ -28,7 +25,6 @@ from ttt_omni import TTTLinearState, TTTOmniTextConfig, ttt_linear
 from ttt_omni.modeling_ttt_omni import TTTOmniTextModel
 
 
-RESULTS = Path(__file__).parent / "results"
 HEADS, HEAD_DIM, MINI_BATCH = 32, 128, 64
 
 
@@ -48,17 +44,7 @@ def report(name: str, rows: list[dict]) -> None:
     print(" | ".join(columns))
     for row in rows:
         print(" | ".join(f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in columns))
-    environment = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(),
-        "processor": platform.processor() or platform.machine(),
-    }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"state_{name}.json"
-    path.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
-    print(f"written to {path}")
+    store(RESULTS / f"state_{name}.json", {"environment": environment(), "rows": rows})
 
 
 def inner_loop_inputs(length: int):
@@ -134,16 +120,6 @@ def speed(ttt_lm: str | None) -> None:
     report("speed", rows)
 
 
-def bytes_of(cache: DynamicCache) -> int:
-    """Bytes of all tensors that a cache keeps."""
-    tensors = []
-    for layer in cache.layers:
-        tensors += [x for x in (layer.keys, layer.values, getattr(layer, "places", None)) if x is not None]
-        state = getattr(layer, "ttt_state", None)
-        tensors += [] if state is None else [getattr(state, field.name) for field in fields(state)]
-    return sum(x.numel() * x.element_size() for x in tensors)
-
-
 @torch.no_grad()
 def conversation() -> None:
     """Bytes of cache and state, and time per token, at growing positions: windowed against full attention."""
@@ -174,7 +150,7 @@ def conversation() -> None:
                     token = torch.randint(0, 256, (1, 1))
                     one = {"token": lambda: model(token, cache=cache)}  # noqa: B023
                     times = sorted(best_of(one, 1)["token"] for _ in range(31))
-                    size = bytes_of(cache)
+                    size = sum(x.nbytes for layer in cache.layers for x in layer.tensors().values())
                     rows.append({"attention": name, "T": position, "bytes": size, "ms per token": 1e3 * times[15]})
                     if position < 65536:  # back to a multiple, for the next lines to be at round positions
                         model(torch.randint(0, 256, (1, step - 31)), cache=cache)

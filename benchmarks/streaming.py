@@ -11,21 +11,18 @@ Weights are random. Each prints what it measures and puts it under its name into
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections import defaultdict
-from pathlib import Path
 
 import torch
-import transformers
+from reporting import RESULTS, environment, store
 from tqdm import tqdm
 
 from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM
 from ttt_omni.streaming_ttt_omni import SpeechStream, UnitStream
 
 
-RESULTS = Path(__file__).parent / "results" / "streaming.json"
 WINDOW = 1000  # frames that the windowed speech decoder sees, 40 tokens
 QUESTION_TOKENS = 60  # of the prompt around the speech
 SIZES = {
@@ -255,20 +252,14 @@ def _cache_bytes(stream: UnitStream) -> int:
 
 
 def report(name: str, result: dict, arguments: argparse.Namespace) -> None:
-    cuda = arguments.device.startswith("cuda")
-    environment = {
-        "size": arguments.size,
-        "dtype": arguments.dtype,
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    measured_on = {"size": arguments.size, "dtype": arguments.dtype, **environment()}
+    if arguments.device.startswith("cuda"):
+        measured_on["device"] = torch.cuda.get_device_name()
     print(json.dumps(result, indent=1))
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results[f"{name}, {arguments.size}, {arguments.device}"] = {"environment": environment, **result}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    path = RESULTS / "streaming.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results[f"{name}, {arguments.size}, {arguments.device}"] = {"environment": measured_on, **result}
+    store(path, results)
 
 
 if __name__ == "__main__":

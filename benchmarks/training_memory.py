@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from reporting import RESULTS, environment, store
 
 
 VOCAB_SIZE = 16384
@@ -53,7 +54,7 @@ def step(tokens: int, loss_chunk_size: int | None, group_size: int) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "training_memory.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "training_memory.json")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step is not None:
@@ -72,8 +73,7 @@ def main() -> None:
             f"| {row['seconds']:.0f} | {row['loss']:.5f} |",
             flush=True,
         )
-    result = {"tokens": arguments.tokens, "vocab_size": VOCAB_SIZE, "rows": rows, "torch": torch.__version__}
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    store(arguments.output, {"tokens": arguments.tokens, "vocab_size": VOCAB_SIZE, "rows": rows, **environment()})
 
 
 if __name__ == "__main__":

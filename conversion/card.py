@@ -83,9 +83,9 @@ def summary(
     hears, speaks = config.audio_config is not None, config.speech_decoder_config is not None
     abilities = " and ".join(["listens"] * hears + ["speaks"] * speaks) or "text only"
     if mode == "replace":
-        step = f"bring its parent's quality back with `python examples/distill.py … model={output}`"
+        step = f"bring its parent's quality back with `ttt-omni distill … --model {output}`"
     elif to_train:
-        step = f"train its new parts: `ttt-omni calibrate --model {output} …`, then examples/finetune.py"
+        step = f"train its new parts: `ttt-omni calibrate --model {output} …`, then `ttt-omni finetune`"
     elif hears and speaks:
         step = f"`ttt-omni chat --model {output}`, or calibrate and fine-tune it"
     else:

@@ -331,7 +331,7 @@ def test_the_package_registers_unless_it_is_the_command(tmp_path):
 
 def test_choices_are_those_of_the_conversion():
     assert set(cli.MODES) == set(LAYER_TYPES) and set(cli.DTYPES) == set(DTYPES)
-    assert set(ttt_omni.__all__) == {*registration.__all__, "ttt_lora_config"}
+    assert all(hasattr(registration, name) for name in {*ttt_omni.__all__} - {"ttt_lora_config"})
 
 
 def test_a_language_model_that_is_to_listen_and_speak(tiny_model_dir, tmp_path, capsys):

@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoProcessor, HubertModel, Wav2Vec2Feature
 
 import ttt_omni
 from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM
-from ttt_omni.benchmarks.finetuning import make_speech_model
 from ttt_omni.examples import extract_units, speak
 from ttt_omni.training import ConversationDataset, ManifestError
 
@@ -182,6 +181,9 @@ def test_corpus_of_the_examples():
 @pytest.fixture(scope="module")
 def hubert(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hubert")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.syspath_prepend(EXAMPLES.parent / "benchmarks")
+        from finetuning import make_speech_model
     make_speech_model(folder, num_layers=3)
     return folder
 

@@ -1,23 +1,19 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
-import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from layouts import text_model
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from short_stages import EXAMPLES, TEXTS, losses, shorten
 from transformers import AutoModelForCausalLM
 
-import ttt_omni
 from ttt_omni import ttt_lora_config
 from ttt_omni.conversion import ConversionError
 from ttt_omni.training import distill_stage, layer_matching_loss, logit_matching_loss, make_parent
 
 
-EXAMPLES = Path(ttt_omni.__file__).parent / "examples"
 WINDOW = {"sliding_window": 5, "attention_sinks": 2}
 
 
@@ -279,37 +275,19 @@ def stages(tmp_path_factory, tiny_model_dir, replaced):
     """Both stages in short form, by their name."""
     folder = tmp_path_factory.mktemp("stages")
     manifest = folder / "texts.jsonl"
-    texts = [
-        {"conversations": [{"from": "human", "value": f"Say {i}."}, {"from": "gpt", "value": f"I say {i}, as asked."}]}
-        for i in range(24)
-    ]
-    manifest.write_text("\n".join(map(json.dumps, texts)))
+    manifest.write_text("\n".join(TEXTS))
     short = {
         "model": str(replaced),
         "source": str(tiny_model_dir / "llama-omni"),
         "manifest": str(manifest),
         "length": 256,
-        "bf16": False,
-        "use_cpu": True,
         "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 2,
-        "warmup_steps": 0,
         "memory_learning_rate": 1e-2,
         "max_steps": 3,
-        "save_steps": 2,
-        "rank": 4,
-        "report_to": "none",
     }
     for path in (EXAMPLES / "distillation").glob("*.yaml"):
-        values = yaml.safe_load(path.read_text()) | short
-        (folder / path.name).write_text(yaml.safe_dump(values))
+        shorten(path, folder / path.name, **short)
     return {path.stem: str(path) for path in folder.glob("*.yaml")}
-
-
-def losses(folder):
-    steps = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
-    history = json.loads((steps[-1] / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from short_stages import EXAMPLES, TEXTS, losses, shorten
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-import ttt_omni
 from ttt_omni import TTTOmniProcessor, ttt_lora_config
 from ttt_omni.commands.cli import main
 from ttt_omni.training import (
@@ -35,9 +35,6 @@ from ttt_omni.training import (
     stages,
     truncation,
 )
-
-
-EXAMPLES = Path(ttt_omni.__file__).parent / "examples"
 
 
 def parse(*words):
@@ -52,42 +49,22 @@ def train(*words):
 def stage(tmp_path_factory, tiny_model_dir, spoken_corpus):
     """A short stage in the form of those in `examples/stages`, whose corpus has text beside the speech."""
     folder = tmp_path_factory.mktemp("stage")
-    texts = [
-        {"conversations": [{"from": "human", "value": f"Say {i}."}, {"from": "gpt", "value": f"I say {i}, as asked."}]}
-        for i in range(24)
-    ]
-    lines = [*map(json.dumps, texts), *spoken_corpus.read_text().splitlines()]
     manifest = spoken_corpus.with_name("mixed.jsonl")
-    manifest.write_text("\n".join(lines))
-    values = yaml.safe_load((EXAMPLES / "stages" / "8k.yaml").read_text())
-    values |= {
+    manifest.write_text("\n".join([*TEXTS, *spoken_corpus.read_text().splitlines()]))
+    values = {
         "model": str(tiny_model_dir),
         "manifest": str(manifest),
         "length": 512,
         "loss": "lm",
         "drop_audio_padding": True,
-        "bf16": False,
-        "use_cpu": True,
         "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "warmup_steps": 0,
         "max_steps": 4,
-        "save_steps": 2,
-        "rank": 4,
         "learning_rate": 3e-2,
         "memory_learning_rate": 6e-2,
         "lr_scheduler_type": "constant",
-        "report_to": "none",
     }
-    path = folder / "stage.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
-def losses(folder):
-    steps = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
-    history = json.loads((steps[-1] / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
+    shorten(EXAMPLES / "stages" / "8k.yaml", folder / "stage.yaml", **values)
+    return folder / "stage.yaml"
 
 
 @pytest.fixture(scope="module")

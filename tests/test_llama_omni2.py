@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from layouts import expand
 from safetensors.torch import load_file, save_file
 
 from ttt_omni import TTTOmniForCausalLM, TTTOmniProcessor
@@ -57,12 +58,6 @@ def mel(goldens) -> torch.Tensor:
     return load_file(goldens / "golden.safetensors")["mel"].T  # [128, 3000]
 
 
-def placed(model, ids: torch.Tensor) -> torch.Tensor:
-    """`ids`, where -200 is speech, as our `input_ids`."""
-    return torch.tensor([[model.config.audio_token_id if i == -200 else i for i in ids.tolist() for _ in
-                          range(300 if i == -200 else 1)]])  # fmt: skip
-
-
 @torch.no_grad()
 def test_original_numbers(converted, expected, mel):
     model = TTTOmniForCausalLM.from_pretrained(converted).eval()
@@ -76,10 +71,10 @@ def test_original_numbers(converted, expected, mel):
     assert_close(
         model.model.embed(torch.full((1, 300), model.config.audio_token_id), features, None)[0], "speech_embeds"
     )
-    inputs = {"input_ids": placed(model, expected["input_ids"]), "input_features": features}
+    inputs = {"input_ids": expand(model, expected["input_ids"]), "input_features": features}
     assert_close(model(**inputs).logits[0, -32:], "logits_last32")
     two = torch.stack([mel, mel.flip(1)])
-    logits = model(input_ids=placed(model, expected["input_ids_two_turns"]), input_features=two).logits
+    logits = model(input_ids=expand(model, expected["input_ids_two_turns"]), input_features=two).logits
     assert_close(logits[0, -32:], "logits_two_turns_last32")
     tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert tokens.tolist() == expected["greedy_tokens"].tolist()
@@ -93,7 +88,7 @@ def test_original_prompts(converted, expected, mel):
         inputs = processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
-        assert torch.equal(inputs["input_ids"], placed(model, expected[name]))
+        assert torch.equal(inputs["input_ids"], expand(model, expected[name]))
     assert processor.tokenizer.decode(processor.answer_end_id) == "<|im_end|>"
     assert processor.audio_token == "<speech>" and model.config.audio_token_id == 263
     assert (

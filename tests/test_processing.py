@@ -285,6 +285,8 @@ def test_numbers_of_placeholders_and_audios_must_agree(processor):
     assert (inputs["input_ids"] == processor.audio_token_id).sum() == 300  # what a user writes is text
     with pytest.raises(ValueError, match="no 'audio', 'path' or 'url'"):
         tokenize(processor, user({"type": "audio"}))
+    with pytest.raises(ValueError, match="no 'audio', 'path' or 'url'"):
+        list(processor.turn_pieces({"role": "user", "content": [{"type": "audio"}]}))
 
 
 def test_truncation_never_cuts_audio(processor):

@@ -254,7 +254,7 @@ def test_the_last_line(text_source, goldens, parts, tmp_path, capsys):
     fresh = line(text_source, "fresh", whisper=parts["whisper"], listen=True)
     assert ", listens, " in fresh and f"`ttt-omni calibrate --model {tmp_path / 'fresh'}" in fresh
     replaced = line(text_source, "replaced", mode="replace")
-    assert "TTT (replace) in layers 3" in replaced and "examples/distill.py" in replaced
+    assert "TTT (replace) in layers 3" in replaced and "ttt-omni distill" in replaced
 
 
 # GGUF

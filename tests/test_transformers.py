@@ -41,6 +41,7 @@ TAKEN = {
     "transformers.distributed.tensor_parallel.TensorParallelLayer.transform_inputs_pre_forward": (
         "module, args, kwargs, mesh"
     ),
+    "transformers.hf_argparser.HfArg": None,
     "transformers.initialization.constant_": "tensor, val",
     "transformers.initialization.copy_": "tensor, other",
     "transformers.initialization.kaiming_normal_": "tensor",

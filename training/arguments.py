@@ -26,19 +26,22 @@ class StageParser(HfArgumentParser):
     and a YAML file of the same fields, over which flags win.
 
     Args:
+        command: that is, of the two.
         stage_class: dataclass of the stage's own fields.
-        recipes: folder of the YAML files that may be called by their name alone.
-        kwargs: of [`argparse.ArgumentParser`], with a `prog`.
+        recipes: folder in the examples, of YAML files that may be called by their name alone.
+        kwargs: of [`argparse.ArgumentParser`].
     """
 
-    def __init__(self, stage_class: type[Stage], recipes: Path, **kwargs: Any):
+    def __init__(self, command: str, stage_class: type[Stage], recipes: str, **kwargs: Any):
         super().__init__(
             (stage_class, TrainingArguments),
+            prog=f"ttt-omni {command}",
             usage="%(prog)s [CONFIG] --model MODEL --manifest FILE --output_dir DIR [--FIELD VALUE ...]",
             formatter_class=_HelpFormatter,
             **kwargs,
         )
-        self.recipes = {path.stem: path for path in sorted(recipes.glob("*.yaml"), key=lambda path: len(path.stem))}
+        paths = sorted((EXAMPLES / recipes).glob("*.yaml"), key=lambda path: len(path.stem))
+        self.recipes = {path.stem: path for path in paths}
         self.add_argument(
             "config", nargs="?", metavar="CONFIG", help=f"a YAML file of these fields, or one of ours: {self._names()}"
         )

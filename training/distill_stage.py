@@ -5,16 +5,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainingArguments, set_seed
+from transformers.hf_argparser import HfArg
 
 from ..modeling_ttt_omni import TTTOmniForCausalLM
-from .arguments import EXAMPLES, StageParser, check_stage
+from .arguments import StageParser, check_stage
 from .distillation import layer_matching_loss, logit_matching_loss, make_parent
 from .lora import ttt_lora_config
-from .stages import StageArguments, StageTrainer, add_adapter, described, load_base, read_data, run
+from .stages import StageArguments, StageTrainer, add_adapter, load_base, read_data, run
 
 
 OBJECTIVES = ("layers", "logits")
 PROJECTIONS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"  # that LoRA adapts
+DESCRIPTION = "Give a graft its parent's quality back, one stage of distillation."
 EPILOG = """\
 example, first each TTT layer and then the model, where --model is from `ttt-omni calibrate`:
   ttt-omni distill layers --model calibrated --source SOURCE --manifest units.jsonl --output_dir matched
@@ -32,17 +34,18 @@ layers, 0.6 billion parameters are trained, which take 9 GB with their gradients
 class DistillationArguments(StageArguments):
     """Those of a stage, and what it learns from the parent."""
 
-    objective: str = described(
-        "`layers`: each TTT layer learns what the parent's attention does; `logits`: the model what the parent says.",
+    objective: str = HfArg(
+        help="`layers`: each TTT layer learns what the parent's attention does; `logits`: the model what the parent "
+        "says.",
         default="logits",
     )
-    source: str | None = described(
-        "Folder of the checkpoint that the graft was converted from; needed if TTT stands in attention's place.",
+    source: str | None = HfArg(
+        help="Folder of the checkpoint that the graft was converted from; needed if TTT stands in attention's place.",
         default=None,
     )
-    temperature: float = described("Of the logits.", default=1.0)
-    label_weight: float = described(
-        "Weight of the `loss` of the labels beside that of the parent's logits.", default=0.0
+    temperature: float = HfArg(help="Of the logits.", default=1.0)
+    label_weight: float = HfArg(
+        help="Weight of the `loss` of the labels beside that of the parent's logits.", default=0.0
     )
 
     def __post_init__(self):
@@ -84,13 +87,7 @@ class DistillationTrainer(StageTrainer):
 
 def parse(words: list[str]) -> tuple[DistillationArguments, TrainingArguments]:
     """The arguments of `ttt-omni distill`, as [`StageParser.parse`] does."""
-    parser = StageParser(
-        DistillationArguments,
-        EXAMPLES / "distillation",
-        prog="ttt-omni distill",
-        description="Give a graft its parent's quality back, one stage of distillation.",
-        epilog=EPILOG,
-    )
+    parser = StageParser("distill", DistillationArguments, "distillation", description=DESCRIPTION, epilog=EPILOG)
     stage, arguments = parser.parse(words)
     if arguments.world_size > 1:
         raise ValueError("distillation runs on one device; start it without a launcher.")

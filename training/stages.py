@@ -4,7 +4,7 @@
 import atexit
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,19 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
+from transformers.hf_argparser import HfArg
 
 from ..configuration_ttt_omni import TTTOmniConfig
 from ..modeling_ttt_omni import TTTOmniForCausalLM
 from ..processing_ttt_omni import TTTOmniProcessor
-from .arguments import EXAMPLES, StageParser, check_stage
+from .arguments import StageParser, check_stage
 from .data import ConversationCollator, ConversationDataset
 from .lora import ttt_lora_config, write_adapter_card
 from .truncation import find_pieces, take_pieces
 
 
 LOSSES = ("both", "lm", "ctc")
+DESCRIPTION = "Teach a graft to use its memory, one stage of fine-tuning."
 EPILOG = """\
 example, where --model is from `ttt-omni calibrate`:
   ttt-omni finetune 8k --model calibrated --manifest units.jsonl --output_dir stage-8k
@@ -33,38 +35,33 @@ The same command again goes on from the last checkpoint after an interruption. T
   accelerate launch -m ttt_omni finetune 8k ..."""
 
 
-def described(text: str, **kwargs: Any) -> Any:
-    """A field with a help text."""
-    return field(metadata={"help": text}, **kwargs)
-
-
 @dataclass
 class StageArguments:
     """The fields of a stage beside those of [`TrainingArguments`]; the help of each says what it is."""
 
-    model: str = described("Folder or repository of the calibrated graft.")
-    manifest: str = described("Conversations to train on, a JSONL file in LLaMA-Omni's form.")
-    length: int = described("Conversations are joined into ones of at most so many tokens.")
-    eval_manifest: str | None = described(
-        "Conversations to evaluate on, when `eval_strategy` says so or else at the end.", default=None
+    model: str = HfArg(help="Folder or repository of the calibrated graft.")
+    manifest: str = HfArg(help="Conversations to train on, a JSONL file in LLaMA-Omni's form.")
+    length: int = HfArg(help="Conversations are joined into ones of at most so many tokens.")
+    eval_manifest: str | None = HfArg(
+        help="Conversations to evaluate on, when `eval_strategy` says so or else at the end.", default=None
     )
-    previous: str | None = described(
-        "Folder or repository of the adapter of the stage before; without it, a fresh one is made.", default=None
+    previous: str | None = HfArg(
+        help="Folder or repository of the adapter of the stage before; without it, a fresh one is made.", default=None
     )
-    rank: int = described("Rank of a fresh adapter.", default=16)
-    memory_learning_rate: float = described("For what belongs to TTT; `learning_rate` is for the rest.", default=1e-3)
-    loss: str = described("`lm` of the text, `ctc` of the speech, or `both`.", default="both")
-    loss_chunk_size: int = described("Positions whose logits are held at a time.", default=1024)
-    packing: bool = described("Put the items of a batch into one row rather than padding them.", default=True)
-    backpropagate_length: int | None = described(
-        "Gradients go back through so many tokens at most, for lengths whose activations do not fit: forward and "
+    rank: int = HfArg(help="Rank of a fresh adapter.", default=16)
+    memory_learning_rate: float = HfArg(help="For what belongs to TTT; `learning_rate` is for the rest.", default=1e-3)
+    loss: str = HfArg(help="`lm` of the text, `ctc` of the speech, or `both`.", default="both")
+    loss_chunk_size: int = HfArg(help="Positions whose logits are held at a time.", default=1024)
+    packing: bool = HfArg(help="Put the items of a batch into one row rather than padding them.", default=True)
+    backpropagate_length: int | None = HfArg(
+        help="Gradients go back through so many tokens at most, for lengths whose activations do not fit: forward and "
         "backward pass run piece by piece, each on what those before left in TTT's state and in attention's cache. A "
         "piece is cut before an answer rather than in it, so that it may be somewhat shorter, and all losses are "
         "those of the whole. Without activation checkpointing, which has no use for a cache.",
         default=None,
     )
-    drop_audio_padding: bool = described(
-        "Give no embeddings to the padding of speech to 30 s, other than the original.", default=False
+    drop_audio_padding: bool = HfArg(
+        help="Give no embeddings to the padding of speech to 30 s, other than the original.", default=False
     )
 
     def __post_init__(self):
@@ -199,13 +196,7 @@ def count_labels(labels: torch.Tensor | None) -> int:
 
 def parse(words: list[str]) -> tuple[StageArguments, TrainingArguments]:
     """The arguments of `ttt-omni finetune`, as [`StageParser.parse`] does."""
-    parser = StageParser(
-        StageArguments,
-        EXAMPLES / "stages",
-        prog="ttt-omni finetune",
-        description="Teach a graft to use its memory, one stage of fine-tuning.",
-        epilog=EPILOG,
-    )
+    parser = StageParser("finetune", StageArguments, "stages", description=DESCRIPTION, epilog=EPILOG)
     stage, arguments = parser.parse(words)
     if stage.backpropagate_length is not None and arguments.activation_checkpointing:
         raise ValueError("`backpropagate_length` needs `activation_checkpointing: false`: its pieces pass on a cache.")

@@ -2,9 +2,13 @@
 """Where tokens and temporaries are in memory, and what the kernels can take."""
 
 import functools
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from ._ops import add_op_namespace_prefix
 
 
 def unsupported(q: torch.Tensor, token_scale: torch.Tensor, W1: torch.Tensor) -> str | None:
@@ -27,6 +31,22 @@ def same_layout(x: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, .
     if x.stride(-1) != 1 or torch.empty_like(x, device="meta").stride() != x.stride():
         x = x.contiguous()
     return x, *(y if y.stride() == x.stride() else torch.empty_like(x).copy_(y) for y in others)
+
+
+def new_tokens(x: torch.Tensor, starts: torch.Tensor | None, packed: bool) -> torch.Tensor:
+    """Room for tensors such as `x` of all tokens, 0 where padding leaves it unwritten."""
+    return torch.zeros_like(x) if starts is not None and not packed else torch.empty_like(x)
+
+
+def strides(x: torch.Tensor, name: str) -> dict[str, int]:
+    """The strides of tokens `[B, H, T, ...]` by the kernels' names of them."""
+    return dict(zip((f"{name}_b", f"{name}_h", f"{name}_t"), x.stride()))
+
+
+def token_sizes(q: torch.Tensor, token_scale: torch.Tensor, packed: bool) -> dict[str, int]:
+    """Arguments of every kernel of a prefill, by name."""
+    sizes = {"T": q.shape[2], "H": q.shape[1], "PACKED": packed, "M": token_scale.shape[0], "D": q.shape[3]}
+    return sizes | strides(q, "stride")
 
 
 def rows_of(
@@ -67,3 +87,16 @@ def on_its_device(op: Callable) -> Callable:
             return op(q, *args, **kwargs)
 
     return run
+
+
+def tensor_op(outputs: int, mutates_args: tuple[str, ...] = (), **kwargs: Any) -> Callable:
+    """`torch.library.custom_op` of a function of tensors (what has no type is one) that returns `outputs` of them."""
+
+    def define(op):
+        function = inspect.unwrap(op)
+        tensors = dict.fromkeys(inspect.signature(function).parameters, torch.Tensor)
+        function.__annotations__ = tensors | function.__annotations__ | {"return": tuple[(torch.Tensor,) * outputs]}
+        name = add_op_namespace_prefix(function.__name__)
+        return torch.library.custom_op(name, mutates_args=mutates_args, **kwargs)(op)
+
+    return define

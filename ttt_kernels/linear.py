@@ -6,8 +6,7 @@ import triton
 from torch import Tensor
 
 from . import linear_kernels as kernels
-from ._ops import add_op_namespace_prefix
-from .layout import number_of_groups, on_its_device, same_layout
+from .layout import new_tokens, number_of_groups, on_its_device, same_layout, strides, tensor_op, token_sizes
 
 
 BLOCK = 64  # tokens of a program in the kernels over blocks of tokens
@@ -15,25 +14,10 @@ GROUP = 256  # slots between saved states
 
 
 def _sizes(q, token_scale, position, packed):
-    """Arguments that the kernels over blocks of tokens share, by name."""
-    rows, mini_batch_size = position.shape[0], token_scale.shape[0]
-    return {
-        "T": q.shape[2],
-        "H": q.shape[1],
-        "groups": number_of_groups(q, rows, mini_batch_size, GROUP),
-        "stride_b": q.stride(0),
-        "stride_h": q.stride(1),
-        "stride_t": q.stride(2),
-        "PACKED": packed,
-        "M": mini_batch_size,
-        "G": GROUP // mini_batch_size,
-        "D": q.shape[3],
-    }
-
-
-def _chain_sizes(lr):
-    """Arguments that the kernels over rows share besides."""
-    return dict(zip(("lr_stride_b", "lr_stride_h", "lr_stride_t"), lr.stride()))
+    """Arguments that the kernels of a prefill share, by name."""
+    sizes = token_sizes(q, token_scale, packed)
+    groups = number_of_groups(q, position.shape[0], sizes["M"], GROUP)
+    return sizes | {"groups": groups, "G": GROUP // sizes["M"]}
 
 
 def _block_sizes(position):
@@ -57,34 +41,18 @@ def _workspace(q, groups, *shape, dtype=None):
 
 def _allocate_forward(q, W1, b1, pending_k, pending_u1, position, starts, packed, token_scale):
     groups, head_dim = number_of_groups(q, position.shape[0], token_scale.shape[0], GROUP), q.shape[3]
-    o = torch.zeros_like(q) if starts is not None and not packed else torch.empty_like(q)
     state = (W1, b1, pending_k, pending_u1, position)
     state = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in state]
     u1 = _workspace(q, groups, GROUP, head_dim)
     W1_group = _workspace(q, groups, head_dim, head_dim)
     b1_group = _workspace(q, groups, head_dim, dtype=torch.float32)
-    return o, *state, u1, W1_group, b1_group
+    return new_tokens(q, starts, packed), *state, u1, W1_group, b1_group
 
 
-@torch.library.custom_op(add_op_namespace_prefix("linear_forward"), mutates_args=())
+@tensor_op(9)
 @on_its_device
-def linear_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    token_scale: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    W1: Tensor,
-    b1: Tensor,
-    pending_k: Tensor,
-    pending_u1: Tensor,
-    position: Tensor,
-    starts: Tensor | None,
-    ends: Tensor | None,
-    packed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def linear_forward(q, k, v, lr, token_scale, ln_weight, ln_bias, W1, b1, pending_k, pending_u1, position,
+                   starts: Tensor | None, ends: Tensor | None, packed: bool):  # fmt: skip
     """The output, the next state, and what the backward pass needs: u of each token, W1 and b1 of each group."""
     q, k, v = same_layout(q, k, v)
     lr = lr.contiguous()
@@ -94,8 +62,9 @@ def linear_forward(
     o, *state, u1, W1_group, b1_group = outputs
     sizes = _sizes(q, scale, position, packed)
     kernels.chain_forward[sizes["H"], position.shape[0]](
-        k, v, lr, *inputs, starts, ends, u1, W1_group, b1_group, *state, **sizes, **_chain_sizes(lr), **_launch(q)
-    )
+        k, v, lr, *inputs, starts, ends, u1, W1_group, b1_group, *state,
+        **sizes, **strides(lr, "lr_stride"), **_launch(q),
+    )  # fmt: skip
     kernels.outputs[sizes["groups"] * GROUP // BLOCK, sizes["H"]](
         q, k, scale, ln_weight, ln_bias, pending_k, position, starts, ends, u1, W1_group, b1_group, o,
         **sizes, **_block_sizes(position), **LAUNCH_BLOCKS,
@@ -109,40 +78,20 @@ def _(q, k, v, lr, token_scale, ln_weight, ln_bias, W1, b1, pending_k, pending_u
     return _allocate_forward(q, W1, b1, pending_k, pending_u1, position, starts, packed, token_scale)
 
 
-def _allocate_backward(q, lr, ln_weight, W1_group, pending_k, starts, packed, token_scale):
-    like = torch.zeros_like if starts is not None and not packed else torch.empty_like
-    (rows, heads, _, head_dim), state = pending_k.shape, torch.zeros_like(pending_k)
+def _allocate_backward(q, lr, token_scale, ln_weight, pending_k, starts, packed):
+    rows, heads, _, head_dim = pending_k.shape
     return (
-        like(q), like(q), like(q), like(lr),
+        *(new_tokens(x, starts, packed) for x in (q, q, q, lr)),
         torch.empty_like(token_scale), torch.empty_like(ln_weight), torch.empty_like(ln_weight),
         pending_k.new_empty(rows, heads, head_dim, head_dim), pending_k.new_empty(rows, heads, 1, head_dim),
-        state, torch.zeros_like(state),
+        torch.zeros_like(pending_k), torch.zeros_like(pending_k),
     )  # fmt: skip
 
 
-@torch.library.custom_op(add_op_namespace_prefix("linear_backward"), mutates_args=())
-def linear_backward(
-    do: Tensor,
-    dW1_out: Tensor,
-    db1_out: Tensor,
-    dpending_k_out: Tensor,
-    dpending_u1_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    token_scale: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    pending_k: Tensor,
-    position: Tensor,
-    starts: Tensor | None,
-    ends: Tensor | None,
-    u1: Tensor,
-    W1_group: Tensor,
-    b1_group: Tensor,
-    packed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@tensor_op(11)
+def linear_backward(do, dW1_out, db1_out, dpending_k_out, dpending_u1_out, q, k, v, lr, token_scale, ln_weight,
+                    ln_bias, pending_k, position, starts: Tensor | None, ends: Tensor | None, u1, W1_group, b1_group,
+                    packed: bool):  # fmt: skip
     """Gradients of `linear_forward` with respect to q, k, v, lr, token_scale, ln_weight, ln_bias and the state."""
     q, k, v, do = same_layout(q, k, v, do)
     lr = lr.contiguous()
@@ -150,7 +99,7 @@ def linear_backward(
     dW1_out, db1_out, dpending_k_out, dpending_u1_out = state_grads
     inputs = [x.contiguous() for x in (token_scale, ln_weight, ln_bias, pending_k, position)]
     scale, ln_weight, ln_bias, pending_k, position = inputs
-    grads = _allocate_backward(q, lr, ln_weight, W1_group, pending_k, starts, packed, scale)
+    grads = _allocate_backward(q, lr, scale, ln_weight, pending_k, starts, packed)
     dq, dk, dv, dlr, dscale, dln_weight, dln_bias, dW1, db1, dpending_k, dpending_u1 = grads
     sizes = _sizes(q, scale, position, packed)
     groups, heads, head_dim = sizes["groups"], sizes["H"], sizes["D"]
@@ -167,7 +116,7 @@ def linear_backward(
     kernels.before_chain_backward[blocks, heads](
         q, k, v, lr, *inputs, starts, ends, u1, W1_group, b1_group, do, dpending_u1_out,
         dz_q, db_q, du1, x, g, statistics, dscale_parts, dln_parts[0],
-        **sizes, **_chain_sizes(lr), **_block_sizes(position), **LAUNCH_BLOCKS,
+        **sizes, **strides(lr, "lr_stride"), **_block_sizes(position), **LAUNCH_BLOCKS,
     )  # fmt: skip
     kernels.chain_backward[heads, position.shape[0]](
         q, k, scale, ln_weight, pending_k, position, starts, ends, dz_q, db_q, du1, x, g, statistics, dW1_out, db1_out,
@@ -178,7 +127,7 @@ def linear_backward(
         q, k, v, lr, *inputs, starts, ends, u1, W1_group, do,
         dz_q, x, statistics, dz, du1, dW1_group, db1_group, dpending_k_out,
         dq, dk, dv, dlr, dpending_k, dlast_scale_parts, dln_parts[1],
-        **sizes, **_chain_sizes(lr), **_block_sizes(position), **LAUNCH_BLOCKS,
+        **sizes, **strides(lr, "lr_stride"), **_block_sizes(position), **LAUNCH_BLOCKS,
     )  # fmt: skip
     dscale.copy_(dscale_parts.view(-1, scale.shape[0]).sum(0))
     dscale[-1] += dlast_scale_parts.sum()
@@ -192,7 +141,7 @@ def _(do, dW1_out, db1_out, dpending_k_out, dpending_u1_out, q, k, v, lr, token_
       position, starts, ends, u1, W1_group, b1_group, packed):  # fmt: skip
     (q,) = same_layout(q)
     lr, ln_weight, pending_k = lr.contiguous(), ln_weight.contiguous(), pending_k.contiguous()
-    return _allocate_backward(q, lr, ln_weight, W1_group, pending_k, starts, packed, token_scale)
+    return _allocate_backward(q, lr, token_scale, ln_weight, pending_k, starts, packed)
 
 
 def _setup_context(ctx, inputs, output):
@@ -219,25 +168,10 @@ def _backward(ctx, *grads):
 linear_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("linear_decode"), mutates_args=("W1", "b1", "pending_k", "pending_u1")
-)
+@tensor_op(2, mutates_args=("W1", "b1", "pending_k", "pending_u1"))
 @on_its_device
-def linear_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    token_scale: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    W1: Tensor,
-    b1: Tensor,
-    pending_k: Tensor,
-    pending_u1: Tensor,
-    position: Tensor,
-    attention_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def linear_decode(q, k, v, lr, token_scale, ln_weight, ln_bias, W1, b1, pending_k, pending_u1, position,
+                  attention_mask: Tensor | None):  # fmt: skip
     """The output and the next position; the rest of the state is updated in place."""
     q, k, v = same_layout(q, k, v)
     o, position_out = torch.empty_like(q), torch.empty_like(position)

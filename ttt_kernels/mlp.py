@@ -6,8 +6,16 @@ import triton
 from torch import Tensor
 
 from . import mlp_kernels as kernels
-from ._ops import add_op_namespace_prefix
-from .layout import first_group, number_of_groups, on_its_device, same_layout
+from .layout import (
+    first_group,
+    new_tokens,
+    number_of_groups,
+    on_its_device,
+    same_layout,
+    strides,
+    tensor_op,
+    token_sizes,
+)
 
 
 BLOCK = 32  # hidden units at a time
@@ -17,28 +25,15 @@ PROGRAMS = 512  # of the outputs in one launch: enough to fill a GPU, few enough
 
 def _sizes(q, token_scale, packed):
     """Arguments that the kernels of a prefill share, by name."""
-    return {
-        "T": q.shape[2],
-        "H": q.shape[1],
-        **dict(zip(("stride_b", "stride_h", "stride_t"), q.stride())),
-        "PACKED": packed,
-        "M": token_scale.shape[0],
-        "D": q.shape[3],
-        "F": 4 * q.shape[3],
-    }
+    return token_sizes(q, token_scale, packed) | {"F": 4 * q.shape[3]}
 
 
 def _chain_sizes(lr):
     """Arguments that the kernels that read learning rates share besides."""
-    lr_strides = dict(zip(("lr_stride_b", "lr_stride_h", "lr_stride_t"), lr.stride()))
-    return {"G": GROUP, **lr_strides, "num_warps": 8, "num_stages": 1}
+    return {"G": GROUP, **strides(lr, "lr_stride"), "num_warps": 8, "num_stages": 1}
 
 
 LAUNCH_OUTPUTS = {"BLOCK": BLOCK, "num_warps": 4, "num_stages": 1}  # 8 warps would do the same products twice
-
-
-def _groups(q, W1, token_scale):
-    return number_of_groups(q, W1.shape[0], token_scale.shape[0], GROUP * token_scale.shape[0])
 
 
 def _mini_batches(q, token_scale, starts, ends, packed):
@@ -58,43 +53,23 @@ def _workspace(q, model, m, slots):
 
 
 def _allocate_groups(q, state, token_scale, save):
-    groups = _groups(q, state[0], token_scale) if save else 0
+    m = token_scale.shape[0]
+    groups = number_of_groups(q, state[0].shape[0], m, GROUP * m) if save else 0
     return [x.new_zeros(x.shape[1], groups, *x.shape[2:]) for x in state]
 
 
-@torch.library.custom_op(add_op_namespace_prefix("mlp_forward"), mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+@tensor_op(14, tags=(torch.Tag.cudagraph_unsafe,))
 @on_its_device
-def mlp_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    token_scale: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    W1: Tensor,
-    b1: Tensor,
-    W2: Tensor,
-    b2: Tensor,
-    pending_k: Tensor,
-    pending_u1: Tensor,
-    pending_x2: Tensor,
-    pending_u2: Tensor,
-    position: Tensor,
-    starts: Tensor | None,
-    ends: Tensor | None,
-    packed: bool,
-    save: bool,
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]:
+def mlp_forward(q, k, v, lr, token_scale, ln_weight, ln_bias, W1, b1, W2, b2, pending_k, pending_u1, pending_x2,
+                pending_u2, position, starts: Tensor | None, ends: Tensor | None, packed: bool,
+                save: bool):  # fmt: skip
     """The output, the next state, and, if `save`, the model at the start of each group for the backward pass."""
     q, k, v = same_layout(q, k, v)
     lr = lr.contiguous()
     parameters = [x.contiguous() for x in (token_scale, ln_weight, ln_bias)]
     pending = [x.contiguous() for x in (pending_k, pending_u1, pending_x2, pending_u2)]
     position = position.contiguous()
-    o = torch.zeros_like(q) if starts is not None and not packed else torch.empty_like(q)
+    o = new_tokens(q, starts, packed)
     model = [x.clone(memory_format=torch.contiguous_format) for x in (W1, b1, W2, b2)]
     pending_out = [torch.empty_like(x) for x in pending]
     position_out = torch.empty_like(position)
@@ -131,32 +106,10 @@ def _(q, k, v, lr, token_scale, ln_weight, ln_bias, W1, b1, W2, b2, pending_k, p
     return torch.empty_like(q), *state, *_allocate_groups(q, state[:4], token_scale, save)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("mlp_backward"), mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def mlp_backward(
-    grads: list[Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    token_scale: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    pending_k: Tensor,
-    pending_u1: Tensor,
-    pending_x2: Tensor,
-    pending_u2: Tensor,
-    position: Tensor,
-    starts: Tensor | None,
-    ends: Tensor | None,
-    W1_group: Tensor,
-    b1_group: Tensor,
-    W2_group: Tensor,
-    b2_group: Tensor,
-    packed: bool,
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-    Tensor,
-]:  # fmt: skip
+@tensor_op(15, tags=(torch.Tag.cudagraph_unsafe,))
+def mlp_backward(grads: list[Tensor], q, k, v, lr, token_scale, ln_weight, ln_bias, pending_k, pending_u1, pending_x2,
+                 pending_u2, position, starts: Tensor | None, ends: Tensor | None, W1_group, b1_group, W2_group,
+                 b2_group, packed: bool):  # fmt: skip
     """Gradients of `mlp_forward` with respect to its first 15 inputs, from those of its first 9 outputs."""
     q, k, v, do = same_layout(q, k, v, grads[0])
     lr = lr.contiguous()
@@ -165,8 +118,7 @@ def mlp_backward(
     dmodel = [x.clone(memory_format=torch.contiguous_format) for x in grads[1:5]]
     dpending_out = [x.contiguous() for x in grads[5:9]]
     dpending = [torch.zeros_like(x) for x in pending]
-    like = torch.zeros_like if starts is not None and not packed else torch.empty_like
-    dtokens = [like(q), like(q), like(q), like(lr)]
+    dtokens = [new_tokens(x, starts, packed) for x in (q, q, q, lr)]
     (rows, heads, m, F), D = pending_u1.shape, q.shape[3]
     dq, dk, dv, dlr = dtokens
     dpending_k, dpending_u1, dpending_x2, dpending_u2 = dpending
@@ -258,30 +210,10 @@ def _backward(ctx, *grads):
 mlp_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("mlp_decode"),
-    mutates_args=("W1", "b1", "W2", "b2", "pending_k", "pending_u1", "pending_x2", "pending_u2"),
-)
+@tensor_op(2, mutates_args=("W1", "b1", "W2", "b2", "pending_k", "pending_u1", "pending_x2", "pending_u2"))
 @on_its_device
-def mlp_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    token_scale: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    W1: Tensor,
-    b1: Tensor,
-    W2: Tensor,
-    b2: Tensor,
-    pending_k: Tensor,
-    pending_u1: Tensor,
-    pending_x2: Tensor,
-    pending_u2: Tensor,
-    position: Tensor,
-    attention_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def mlp_decode(q, k, v, lr, token_scale, ln_weight, ln_bias, W1, b1, W2, b2, pending_k, pending_u1, pending_x2,
+               pending_u2, position, attention_mask: Tensor | None):  # fmt: skip
     """The output and the next position; the rest of the state is updated in place."""
     q, k, v = same_layout(q, k, v)
     o, position_out = torch.empty_like(q), torch.empty_like(position)

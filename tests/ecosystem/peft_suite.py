@@ -20,11 +20,11 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 
 import peft
+from run import download
 
 from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM
 from ttt_omni.conversion import make_tiny
@@ -52,15 +52,6 @@ for name, mapping in vars(peft.utils.constants).items():
 """
 
 
-def download(folder: Path) -> Path:
-    """Download and unpack the source release of the installed PEFT into `folder`."""
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
-    subprocess.run([*pip, f"peft=={peft.__version__}", "--dest", str(folder)], check=True)
-    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
-        archive.extractall(folder, filter="data")
-    return next(path for path in folder.iterdir() if path.is_dir())
-
-
 def write_text_model(folder: Path) -> None:
     """The tiny model without encoder, speech decoder and vocoder, its gate open so that TTT takes part."""
     make_tiny(folder)
@@ -81,7 +72,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         work = folder / "work"
-        shutil.copytree((arguments.source or download(folder)) / "tests", work / "tests")
+        shutil.copytree((arguments.source or download(peft, folder)) / "tests", work / "tests")
         model = folder / "tiny-ttt-omni"
         write_text_model(model)
         (work / "tests" / "__init__.py").touch()

@@ -15,6 +15,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 import transformers
 
@@ -32,9 +33,9 @@ STAND_INS = {
 }
 
 
-def download(folder: Path) -> Path:
-    """Download and unpack the source release of the installed Transformers into `folder`."""
-    requirement = f"transformers=={transformers.__version__}"
+def download(package: ModuleType, folder: Path) -> Path:
+    """Download and unpack the source release of the installed `package` into `folder`."""
+    requirement = f"{package.__name__}=={package.__version__}"
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
     subprocess.run([*pip, requirement, "--dest", str(folder)], check=True)
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
@@ -49,7 +50,7 @@ def main() -> int:
     arguments, pytest_arguments = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        source = arguments.source or download(folder)
+        source = arguments.source or download(transformers, folder)
         work = folder / "work"
         shutil.copytree(source / "tests", work / "tests")
         for name, text in STAND_INS.items():
