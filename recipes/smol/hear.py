@@ -17,7 +17,7 @@ import torch
 from loop import pad, read_corpus, run, train
 from torch import nn
 from transformers import AutoTokenizer
-from transformers.models.whisper.english_normalizer import BasicTextNormalizer
+from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM
 from ttt_omni.files_ttt_omni import new_file
@@ -135,7 +135,7 @@ def main() -> None:
             "speller": Speller(table[tokens]),
         }
     )
-    normalize = BasicTextNormalizer()
+    normalize = EnglishTextNormalizer({})
 
     def loss_of(draw: random.Random) -> torch.Tensor:
         chosen = draw.sample(fits, min(BATCH_SIZE, len(fits)))

@@ -24,7 +24,7 @@ from faster_whisper import WhisperModel
 from loop import read_corpus, run
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoProcessor
-from transformers.models.whisper.english_normalizer import BasicTextNormalizer
+from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 import ttt_omni  # noqa: F401  which registers its classes
 
@@ -50,7 +50,7 @@ def whisper_base(folder: Path) -> WhisperModel:
 class Judge:
     def __init__(self, folder: Path):
         self.whisper = whisper_base(folder / "whisper-base")
-        self.normalize = BasicTextNormalizer()
+        self.normalize = EnglishTextNormalizer({})
 
     def read_back(self, samples: np.ndarray, rate: int) -> str:
         audio = soxr.resample(samples, rate, 16_000).astype(np.float32)

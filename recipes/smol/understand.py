@@ -25,7 +25,7 @@ from ttt_omni.files_ttt_omni import new_file
 from ttt_omni.modeling_ttt_omni import TTTOmniMultiModalProjector
 
 
-BATCH_SIZE = 24
+BATCH_SIZE = 16
 SPELLING = 0.1  # weight of CTC beside it, so that what is heard goes on to be spelt
 HEARD = "\x00"  # where a question stands
 
@@ -48,8 +48,8 @@ def main() -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("features", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--steps", type=int, default=340)
+    parser.add_argument("--lr", type=float, default=7e-4)
     arguments = parser.parse_args()
     config = TTTOmniConfig.from_pretrained(arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(arguments.adapted)
@@ -95,7 +95,7 @@ def main() -> None:
             typed = predictions([conversation(turns, [ids(features.text(i)) for i in turns]) for turns in batch])
         spoken = [[listen(index) for index in turns] for turns in batch]
         sizes = [len(states) for turns in spoken for states in turns]
-        embedded = ear(torch.cat([states for turns in spoken for states in turns])).split(sizes)
+        embedded = ear(torch.cat([states.float() for turns in spoken for states in turns])).split(sizes)
         pieces = iter(piece.bfloat16() for piece in embedded)
         spoken = [[next(pieces) for _ in turns] for turns in spoken]
         said = predictions([conversation(turns, questions) for turns, questions in zip(batch, spoken)])
