@@ -1,6 +1,7 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 """Layers for Transformers' caches that hold the state of TTT, and windowed attention with sinks."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -251,6 +252,112 @@ def add_ttt_layers(cache: Cache, config: PreTrainedConfig) -> None:
         )
     for index, layer_type in enumerate(config.layer_types):
         cache.layers[index] = _layer_for(layer_type, cache.layers[index], index, config)
+
+
+def snapshot(cache: Cache) -> Cache:
+    """
+    `cache` as it is now, to come back to after it went on. Of its tensors only the state of TTT, whose size is fixed,
+    is copied: keys and values are never written to, but replaced.
+    """
+    layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in layers:
+        if getattr(layer, "ttt_state", None) is not None:
+            layer.ttt_state = layer.ttt_state.clone()
+    return Cache(layers=layers)
+
+
+class BatchedCache(Cache):
+    """
+    The caches of B conversations, each as long as it is, as one that goes on by the same number of tokens in each.
+    Columns of padding stand before the tokens of those that are shorter than the longest.
+
+    Args:
+        caches: of one row each; they are left as they are.
+        config: of the layers that fill them.
+
+    Raises:
+        ValueError: if a cache has more than one row, or as [`add_ttt_layers`].
+    """
+
+    def __init__(self, caches: list[Cache], config: PreTrainedConfig):
+        for cache in caches:
+            add_ttt_layers(cache, config)
+        lengths = [cache.get_seq_length() for cache in caches]
+        self.padding = [max(lengths) - length for length in lengths]  # columns of each row
+        super().__init__(layers=[_join(layers, max(lengths)) for layers in zip(*(cache.layers for cache in caches))])
+
+    def get_seq_length(self, layer_idx: int = 0) -> torch.LongTensor:
+        """The number of tokens of each row, `[B, 1]`."""
+        columns = self.layers[layer_idx].get_seq_length()
+        return torch.tensor([[columns - padding] for padding in self.padding])
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """The number of columns."""
+        return self.layers[layer_idx].get_seq_length()
+
+    def attention_mask(self, length: int, device: torch.device) -> torch.BoolTensor:
+        """`[B, columns + length]`, false for padding, where each row goes on by `length` tokens."""
+        columns = torch.arange(self.get_query_offset() + length, device=device)
+        return columns >= torch.tensor(self.padding, device=device)[:, None]
+
+    def split(self) -> list[Cache]:
+        """The caches of the rows, which share no memory."""
+        rows = []
+        for row, (padding, length) in enumerate(zip(self.padding, self.get_seq_length().flatten().tolist())):
+            rows.append(Cache(layers=[_row(layer, row, padding, length) for layer in self.layers]))
+        return rows
+
+
+def _join(layers: tuple[OwnedTensorsMixin, ...], length: int) -> OwnedTensorsMixin:
+    """The layers of several caches, of one row each, as one of `length` columns."""
+    joined, rows = _empty(layers[0]), [layer.tensors() for layer in layers]
+    filled = next((tensors for tensors in rows if tensors), None)
+    if filled is None:
+        return joined
+    tensors = {}
+    for name, x in filled.items():
+        if x.shape[0] != 1:
+            raise ValueError(f"A cache of one conversation has one row, got {x.shape[0]}.")
+        if name.startswith("ttt."):
+            tensors[name] = torch.cat([row[name] for row in rows])
+        else:
+            axis = 1 if name == "places" else 2
+            parts = [row.get(name, x.narrow(axis, 0, 0)) for row in rows]
+            columns = max(part.shape[axis] for part in parts)
+            tensors[name] = torch.cat([_pad(part, axis, columns, -1 if name == "places" else 0) for part in parts])
+    joined.load(tensors, length)
+    return joined
+
+
+def _pad(x: torch.Tensor, axis: int, columns: int, value: int) -> torch.Tensor:
+    padding = [0, 0] * (x.ndim - axis - 1) + [columns - x.shape[axis], 0]
+    return torch.nn.functional.pad(x, padding, value=value)
+
+
+def _row(layer: OwnedTensorsMixin, row: int, padding: int, length: int) -> OwnedTensorsMixin:
+    """One row of a layer of several, without its columns of padding."""
+    single, tensors = _empty(layer), {name: x[row : row + 1] for name, x in layer.tensors().items()}
+    if "places" in tensors:
+        kept = tensors["places"][0] >= 0
+        tensors |= {"keys": tensors["keys"][:, :, kept], "values": tensors["values"][:, :, kept]}
+        tensors["places"] = tensors["places"][:, kept]
+    elif "keys" in tensors:
+        tensors |= {name: tensors[name][:, :, padding:] for name in ("keys", "values")}
+    if tensors:
+        single.load({name: x.clone() for name, x in tensors.items()}, length)
+        single.columns_without_padding = length
+    return single
+
+
+def _empty(layer: OwnedTensorsMixin) -> OwnedTensorsMixin:
+    """A layer of the same kind that holds nothing."""
+    if not isinstance(layer, tuple(LAYER_CLASSES.values())):
+        raise ValueError(f"A {type(layer).__name__} cannot be one of several rows: start from an empty `DynamicCache`.")
+    layer = copy.copy(layer)
+    layer.keys = layer.values = None  # which are another layer's, too, and not to be zeroed
+    layer.is_initialized = False
+    layer.reset()
+    return layer
 
 
 def _layer_for(layer_type: str, layer, index: int, config: PreTrainedConfig):

@@ -64,6 +64,7 @@ def lay_out_tokens(
 ) -> TokenLayout:
     """
     Args:
+        past_length: of all rows, or `[B, 1]`.
         attention_mask: `[B, past_length + T]`, 0 for padding.
         position_ids: `[B, T]` or `[1, T]`; by default those of the tokens among the row's that are no padding.
         cu_seqlens: `[n + 1]`, bounds of packed sequences.
@@ -72,6 +73,8 @@ def lay_out_tokens(
     Raises:
         ValueError: if the mask is not that of these tokens and of all before.
     """
+    if isinstance(past_length, torch.Tensor):
+        past_length = past_length.to(device)
     mask, places = None, torch.arange(length, device=device).expand(batch_size, -1) + past_length
     if attention_mask is not None:
         past_length = int(past_length)
