@@ -352,7 +352,9 @@ def _row(layer: OwnedTensorsMixin, row: int, padding: int, length: int) -> Owned
 def _empty(layer: OwnedTensorsMixin) -> OwnedTensorsMixin:
     """A layer of the same kind that holds nothing."""
     if not isinstance(layer, tuple(LAYER_CLASSES.values())):
-        raise ValueError(f"A {type(layer).__name__} cannot be one of several rows: start from an empty `DynamicCache`.")
+        raise ValueError(
+            f"A {type(layer).__name__} cannot be one of several rows: start from an empty `DynamicCache`."
+        )
     layer = copy.copy(layer)
     layer.keys = layer.values = None  # which are another layer's, too, and not to be zeroed
     layer.is_initialized = False

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from ..configuration_ttt_omni import TTTOmniConfig
+from ..conversation_file import ConversationFile, RecordedPieces, UnfinishedCommand, UnfinishedTurn, locked
 from ..loading import find_device, read_config
 from ..memory_ttt_omni import TTTOmniMemory, skip_pieces
 from ..modeling_ttt_omni import TTTOmniForCausalLM
@@ -30,7 +31,6 @@ from .audio_io import (
     record_questions,
     repeatable,
 )
-from .conversation_file import ConversationFile, RecordedPieces, UnfinishedCommand, UnfinishedTurn, locked
 from .terminal import progress
 from .voice import VOICE_RATE, program_words, with_voice
 
