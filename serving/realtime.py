@@ -21,6 +21,7 @@ from .errors import APIError, invalid
 router = APIRouter()
 SUBPROTOCOL, KEY_SUBPROTOCOL = "realtime", "openai-insecure-api-key."  # as browsers, which set no headers, send them
 SHORTEST_MS = 100  # of what may be committed
+SLICE = 4800  # bytes of PCM16 in 100 ms
 
 
 class _Strict(BaseModel):
@@ -186,6 +187,12 @@ class InputBuffer:
         samples = np.concatenate([np.zeros(0, np.float32), *self.blocks])
         self.blocks, self.begin = [], self.end
         return samples
+
+    def finish(self) -> None:
+        """Ends the stream: what the resampler holds back of it comes, and another one begins."""
+        self.blocks.append(self.resampler.flush())
+        self.end += len(self.blocks[-1])
+        self.resampler, self.odd = Resampler(PCM_RATE, MODEL_RATE), b""
 
     @property
     def seconds(self) -> float:
@@ -382,14 +389,15 @@ class Connection:
             raise APIError(
                 f"More than the {limit:g} s allowed are in the buffer: commit or clear it.", "audio_too_long"
             )
-        samples = self.buffer.append(data)
-        if self.voice_activity is None:
-            return
-        if len(samples) > MODEL_RATE:
-            changes = await asyncio.to_thread(self.voice_activity.push, samples)
-        else:
-            changes = self.voice_activity.push(samples)
-        for change, position in changes:
+        for start in range(0, len(data), SLICE):
+            samples = self.buffer.append(data[start : start + SLICE])
+            if self.voice_activity is not None:
+                await self._listen(samples)
+                await asyncio.sleep(0)  # for others
+
+    async def _listen(self, samples: np.ndarray) -> None:
+        """Looks whether someone begins or ceases to speak in the next samples."""
+        for change, position in self.voice_activity.push(samples):
             await (self._speech_started if change == "start" else self._speech_stopped)(position)
         if self.speech_item is None:
             self.buffer.drop_before(self.buffer.end - self._padding() - MODEL_RATE)
@@ -423,6 +431,7 @@ class Connection:
                 "input_audio_buffer_commit_empty",
             )
         item_id, self.speech_item = self.speech_item or _new_id("item"), None
+        self.buffer.finish()
         await self._commit(item_id)
         if self.voice_activity is not None:
             self.voice_activity = self._voice_activity()

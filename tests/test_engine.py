@@ -5,9 +5,10 @@ import queue
 
 import pytest
 import torch
-from layouts import LAYERS, sound
+from layouts import sound
 
-from ttt_omni import TTTOmniForCausalLM, TTTOmniProcessor
+from serving import open_model
+from ttt_omni import TTTOmniProcessor
 from ttt_omni.serving.engine import Answer, Engine
 
 
@@ -22,23 +23,8 @@ def processor(tiny_model_dir):
 
 @pytest.fixture(scope="module", params=["hybrid", "windowed", "mixed"])
 def model(tiny_model_dir, request):
-    """The tiny model with other layers, whose TTT is random and open, in float64, with a windowed speech decoder."""
-    parent = TTTOmniForCausalLM.from_pretrained(tiny_model_dir)
-    config = parent.config.to_dict()
-    config["text_config"].update(ttt_mini_batch_size=6, **LAYERS[request.param])
-    if request.param == "windowed":
-        config["speech_decoder_config"].update(layer_types=["sliding_attention"] * 2, sliding_window=40)
-    torch.manual_seed(0)
-    model = TTTOmniForCausalLM(type(parent.config)(**config)).eval()
-    for name, parameter in model.named_parameters():
-        if "ttt_gate" in name:
-            parameter.data.uniform_(0.3, 1)
-        elif ".ttt." in name and "proj.weight" in name:
-            parameter.data.normal_(0, 0.25)
-    weights = {name: x for name, x in parent.state_dict().items() if ".ttt" not in name}
-    model.load_state_dict(weights, strict=False)
-    model.generation_config = parent.generation_config
-    return model.double()
+    """The tiny model with other layers, whose TTT is open."""
+    return open_model(tiny_model_dir, request.param)[0]
 
 
 @pytest.fixture(scope="module")
