@@ -1,0 +1,212 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+"""
+Kills `ttt-omni serve` (SIGKILL) at random moments while sessions talk, starts it again, and goes on.
+
+    python benchmarks/serve_kills.py --kills 20
+
+Four clients of the realtime endpoint each hold a conversation of their own, turn after turn, with answers cut to some
+tokens. After each kill every file in the folder of sessions is read: it must be whole. After each restart each client
+takes its session up again, and repeats the turn that was not completed. At the end each conversation, its tokens and
+its state, is compared with the same one that nobody disturbed.
+Prints a table, and writes `benchmarks/results/serve_kills.json`.
+"""
+
+import argparse
+import asyncio
+import base64
+import json
+import multiprocessing
+import os
+import random
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import soxr
+import torch
+from websockets.asyncio.client import connect
+from websockets.exceptions import WebSocketException
+
+from ttt_omni import TTTOmniForCausalLM, TTTOmniProcessor
+from ttt_omni.conversion import make_tiny
+from ttt_omni.serving.audio import decode
+from ttt_omni.serving.server import serve
+
+
+SESSIONS = 4
+TOKENS = 12
+TOLERANCE = 1e-4
+
+
+def pcm16(session: int, turn: int) -> bytes:
+    """A question, as PCM16 at 24 kHz."""
+    noise = np.random.default_rng([session, turn]).standard_normal(16000 * (1 + (session + turn) % 3))
+    waveform = soxr.resample((0.05 * noise).astype(np.float32), 16000, 24000)
+    return np.rint(waveform.clip(-1, 1) * 32767).astype("<i2").tobytes()
+
+
+class ServerProcess:
+    """`ttt-omni serve`, forked from this process, which has imported the libraries: that takes most of a start."""
+
+    def __init__(self, model: Path, folder: Path):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+
+        def run():
+            log = os.open(folder.parent / "server.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            serve(str(model), port=self.port, memory=str(folder))
+
+        self.process = multiprocessing.get_context("fork").Process(target=run)
+        self.process.start()
+        while True:
+            try:
+                httpx.get(f"{self.address}/health")
+                break
+            except httpx.TransportError:
+                if not self.process.is_alive():
+                    raise RuntimeError((folder.parent / "server.log").read_text()[-2000:]) from None
+                time.sleep(0.1)
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+async def talk(address: str, id: str, session: int, completed: list[int], turns: int) -> None:
+    """Turn after turn from the last completed one on, until the server is gone or all were completed."""
+    try:
+        async with connect(f"ws{address[4:]}/v1/realtime?session={id}") as websocket:
+
+            async def send(**event):
+                await websocket.send(json.dumps(event))
+
+            await send(type="session.update", session={"audio": {"input": {"turn_detection": None}}})
+            while completed[session] < turns:
+                audio = base64.b64encode(pcm16(session, completed[session])).decode()
+                await send(type="input_audio_buffer.append", audio=audio)
+                await send(type="input_audio_buffer.commit")
+                await send(type="response.create", response={"max_output_tokens": TOKENS})
+                while (event := json.loads(await websocket.recv()))["type"] != "response.done":
+                    if event["type"] == "error":
+                        raise RuntimeError(event["error"]["message"])
+                completed[session] += 1
+    except (WebSocketException, OSError):
+        pass
+
+
+async def talk_until(server: ServerProcess, ids: list[str], completed: list[int], turns: int, seconds: float | None):
+    """All clients, until the server is killed after so many seconds."""
+    talks = asyncio.gather(*(talk(server.address, id, number, completed, turns) for number, id in enumerate(ids)))
+    if seconds is not None:
+        await asyncio.sleep(seconds)
+        server.kill()
+    await talks
+
+
+def saved_turns(model, processor, folder: Path, ids: list[str]) -> list[int]:
+    """How many turns each file holds, once it is known to be whole."""
+    turns = []
+    for id in ids:
+        path = folder / f"{id}.safetensors"
+        turns.append(0)
+        if path.exists():
+            ids_of_session = model.load_memory(path).input_ids[0]  # raises for a file that is damaged
+            questions = torch.tensor(processor.tokenizer.encode("directly", add_special_tokens=False))
+            windows = ids_of_session.unfold(0, len(questions), 1)
+            turns[-1] = int((windows == questions).all(1).sum())
+    return turns
+
+
+def undisturbed(model, processor, session: int, turns: int):
+    """The same conversation by `generate`."""
+    memory = None
+    for turn in range(turns):
+        audio = {"type": "audio", "audio": decode(pcm16(session, turn), "pcm16", 60, ""), "sampling_rate": 16000}
+        message = {"role": "user", "content": [audio, {"type": "text", "text": processor.speech_instruction}]}
+        pieces = processor.turn_pieces(message, None if memory is None else memory.input_ids)
+        *_, memory = model.listen(pieces, memory)
+        out = model.generate(**vars(memory), max_new_tokens=TOKENS, return_dict_in_generate=True)
+        new = out.sequences[0, memory.input_ids.shape[1] :].tolist()
+        if new[-1] in model.generation_config.eos_token_id:
+            new.pop()
+        memory.input_ids = torch.cat([memory.input_ids, torch.tensor([[*new, processor.answer_end_id]])], dim=1)
+        memory.cache = out.cache
+    return memory
+
+
+def difference(model, path: Path, expected) -> float:
+    """The largest between two conversations' states; infinite if their tokens differ."""
+    memory = model.load_memory(path)
+    if memory.input_ids.tolist() != expected.input_ids.tolist():
+        return torch.inf
+    pairs = zip(memory.cache.layers, expected.cache.layers)
+    return max(
+        float((x - other.tensors()[name]).abs().max())
+        for layer, other in pairs
+        for name, x in layer.tensors().items()
+        if x.is_floating_point()
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Kills `ttt-omni serve`, and goes on.")
+    parser.add_argument("--kills", type=int, default=20, metavar="N", help="default: 20")
+    parser.add_argument("--seconds", type=float, default=4, metavar="N", help="until a kill, at most; default: 4")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--output", default=Path(__file__).parent / "results" / "serve_kills.json", metavar="FILE")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # threads do not survive a fork
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(Path(folder), arguments.kills, arguments.seconds, random.Random(arguments.seed))
+    Path(arguments.output).write_text(json.dumps(results, indent=2) + "\n")
+    sys.exit(int(not results["nothing_lost"]))
+
+
+def measure(folder: Path, kills: int, longest: float, generator: random.Random) -> dict:
+    make_tiny(folder / "model")
+    model = TTTOmniForCausalLM.from_pretrained(folder / "model")
+    processor = TTTOmniProcessor.from_pretrained(folder / "model")
+    sessions = folder / "sessions"
+    sessions.mkdir()
+    server = ServerProcess(folder / "model", sessions)
+    ids = [httpx.post(f"{server.address}/v1/sessions").json()["id"] for _ in range(SESSIONS)]
+    completed, rows = [0] * SESSIONS, []
+    print(f"{'kill':>5}{'after':>9}{'said to clients':>20}{'in the files':>20}", flush=True)
+    for kill in range(kills):
+        seconds = generator.uniform(0.05, longest)
+        asyncio.run(talk_until(server, ids, completed, 10**9, seconds))
+        in_files = saved_turns(model, processor, sessions, ids)
+        # A turn may be in the file whose end the client did not hear of; it then is not repeated.
+        is_whole = all(said <= saved <= said + 1 for said, saved in zip(completed, in_files))
+        rows.append({"seconds": seconds, "completed": list(completed), "saved": in_files, "whole": is_whole})
+        shown = [" ".join(map(str, turns)) for turns in (completed, in_files)]
+        print(f"{kill:5}{seconds:8.2f}s{shown[0]:>20}{shown[1]:>20}{'' if is_whole else '  LOST'}", flush=True)
+        completed[:] = in_files
+        server = ServerProcess(folder / "model", sessions)
+    turns = max(completed) + 1
+    asyncio.run(talk_until(server, ids, completed, turns, None))
+    server.kill()
+    left = sorted(path.name for path in sessions.iterdir() if path.suffix not in (".json", ".safetensors", ".lock"))
+    paths = [sessions / f"{id}.safetensors" for id in ids]
+    differences = [difference(model, path, undisturbed(model, processor, n, turns)) for n, path in enumerate(paths)]
+    nothing_lost = all(row["whole"] for row in rows) and max(differences) <= TOLERANCE and not left
+    print(
+        f"{turns} turns in each of {SESSIONS} sessions; largest difference to undisturbed ones: {max(differences):.1e}"
+    )
+    print(f"left over: {left or 'nothing'}; {'nothing was lost' if nothing_lost else 'SOMETHING WAS LOST'}")
+    results = {"kills": kills, "sessions": SESSIONS, "turns": turns, "differences": differences, "rows": rows}
+    return {**results, "left_over": left, "nothing_lost": nothing_lost}
+
+
+if __name__ == "__main__":
+    main()
