@@ -27,6 +27,8 @@ class OwnedTensorsMixin:
     names: tuple[str, ...] = ("keys", "values")
     ttt_state: TTTState | None = None  # before the first token, and where there is no TTT
     columns_without_padding: int = 0  # how many of the last columns hold a token in every row
+    record_past: bool = False  # whether `crop` may go back further than the state alone can
+    earlier: tuple[TTTState, int] | None = None  # the state before the last step, and the tokens since
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the layer holds, by name; nothing before the first token."""
@@ -53,39 +55,69 @@ class OwnedTensorsMixin:
                 setattr(self, name, function(getattr(self, name)))
         if self.ttt_state is not None:
             self.ttt_state = self.ttt_state.map(function)
+        if self.earlier is not None:
+            self.earlier = self.earlier[0].map(function), self.earlier[1]
 
-    def update_ttt_state(self, state: TTTState, token_mask: torch.Tensor | None, length: int) -> None:
-        """Store the state after `length` more columns, which hold tokens where `token_mask` `[B, length]` is true."""
+    def update_ttt_state(
+        self,
+        state: TTTState,
+        token_mask: torch.Tensor | None,
+        length: int,
+        earlier: tuple[TTTState, int] | None = None,
+    ) -> None:
+        """
+        Store the state after `length` more columns, which hold tokens where `token_mask` `[B, length]` is true; and if
+        it made a step in them, the `earlier` one before the last step, with the number of tokens since.
+        """
         self.ttt_state = state
+        if earlier is None and self.earlier is not None:
+            earlier = self.earlier[0], self.earlier[1] + length
+        self.earlier = earlier
         if token_mask is not None:
             last_tokens = int(token_mask.flip(1).cumprod(1).sum(1).min())
             self.columns_without_padding *= last_tokens == length
             length = last_tokens
         self.columns_without_padding += length
 
+    def activate_past_recording(self) -> None:
+        """From now on, `crop` can take back what came since the last `crop`: as Transformers' caches have it."""
+        self.record_past = True
+
+    def forget_past(self) -> None:
+        """Ends that."""
+        self.record_past, self.earlier = False, None
+
     def crop(self, tokens_to_remove: int) -> None:
         """
         Forget the last columns (`tokens_to_remove` is negative, as elsewhere in Transformers).
 
         Raises:
-            RuntimeError: if there is TTT, and that would go back past the start of a row's current mini-batch, or to
-                padding. Other layers of the cache may have been cropped by then: it is of no more use.
+            RuntimeError: if there is TTT, and that would go back past the start of a row's current mini-batch, or of
+                the one before it where the past is recorded, or to padding. Other layers of the cache may have been
+                cropped by then: it is of no more use.
         """
-        state, columns = self.ttt_state, abs(tokens_to_remove)
-        if state is not None and columns > 0:
-            if columns > self.columns_without_padding:
-                raise RuntimeError(
-                    f"Cannot take back {columns} columns: only the last {self.columns_without_padding} are known to "
-                    "hold a token in every row."
-                )
-            state = state.rewind(columns)
+        state, columns = self._state_before(abs(tokens_to_remove)), abs(tokens_to_remove)
         super().crop(tokens_to_remove)
-        self.ttt_state = state
+        self.ttt_state, self.earlier = state, None
         self.columns_without_padding -= columns
+
+    def _state_before(self, columns: int) -> TTTState | None:
+        """The state of TTT, if there is one, so many columns ago."""
+        if self.ttt_state is None or columns == 0:
+            return self.ttt_state
+        if columns > self.columns_without_padding:
+            raise RuntimeError(
+                f"Cannot take back {columns} columns: only the last {self.columns_without_padding} are known to "
+                "hold a token in every row."
+            )
+        if self.earlier is not None and columns >= self.earlier[1]:
+            state, since = self.earlier
+            return state.rewind(columns - since)
+        return self.ttt_state.rewind(columns)
 
     def reset(self) -> None:
         super().reset()
-        self.ttt_state = None
+        self.ttt_state = self.earlier = None
         self.columns_without_padding = 0
 
     def offload(self) -> None:
@@ -117,7 +149,7 @@ class SlidingWindowLayer(OwnedTensorsMixin, DynamicLayer):
     """Keys and values of each row's last `sliding_window - 1` and first `attention_sinks` tokens."""
 
     names = ("keys", "values", "places")
-    is_croppable = False
+    past: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # all since the last `crop`, where recorded
 
     def __init__(self, sliding_window: int, attention_sinks: int):
         super().__init__()
@@ -144,6 +176,11 @@ class SlidingWindowLayer(OwnedTensorsMixin, DynamicLayer):
             self.lazy_initialization(keys, values)
             self.keys, self.values, self.places = keys[:, :, :0], values[:, :, :0], places[:, :0]
         self.cumulative_length += keys.shape[2]
+        if self.record_past:
+            past = (self.keys, self.values, self.places) if self.past is None else self.past
+            self.past = tuple(
+                torch.cat(pair, dim=1 + (pair[0].ndim > 2)) for pair in zip(past, (keys, values, places))
+            )
         keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
         places = torch.cat([self.places, places], dim=1)
         self.keys, self.values, self.places = self._evict(keys, values, places)
@@ -173,30 +210,57 @@ class SlidingWindowLayer(OwnedTensorsMixin, DynamicLayer):
     def get_max_length(self) -> int:
         return self.attention_sinks + self.sliding_window
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether what came since the last `crop` can be taken back."""
+        return self.record_past
+
+    def forget_past(self) -> None:
+        super().forget_past()
+        self.past = None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().map(function)
+        self.past = None if self.past is None else tuple(map(function, self.past))
+
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove != 0:
-            raise RuntimeError("A window cannot be cropped: the tokens that it would need again are gone.")
+        state, columns = self._state_before(abs(tokens_to_remove)), abs(tokens_to_remove)
+        if columns > 0:
+            length = -1 if self.past is None else self.past[2].shape[1] - columns
+            if length < 0:
+                raise RuntimeError("A window cannot be cropped: the tokens that it would need again are gone.")
+            keys, values, places = self.past
+            self.keys, self.values, self.places = self._evict(
+                keys[:, :, :length], values[:, :, :length], places[:, :length]
+            )
+            self.cumulative_length -= columns
+            self.columns_without_padding -= columns
+        self.ttt_state, self.earlier, self.past = state, None, None
 
     def reset(self) -> None:
         super().reset()
-        self.places = None
+        self.places = self.past = None
 
 
 class TTTLayer(OwnedTensorsMixin, DynamicLayer):
     """Cache of a `linear_attention` layer: the state of TTT, without keys and values."""
 
     names = ()
-    is_croppable = False
 
     def __init__(self):
         super().__init__()
         self.cumulative_length = 0
 
+    @property
+    def is_croppable(self) -> bool:
+        """Further than the current mini-batch."""
+        return self.record_past
+
     def update(self, *args, **kwargs):
         raise NotImplementedError("A layer without attention has no keys and values.")
 
-    def update_ttt_state(self, state: TTTState, token_mask: torch.Tensor | None, length: int) -> None:
-        super().update_ttt_state(state, token_mask, length)
+    def update_ttt_state(self, state: TTTState, token_mask: torch.Tensor | None, length: int, earlier=None) -> None:
+        super().update_ttt_state(state, token_mask, length, earlier)
         self.cumulative_length += length
 
     def get_seq_length(self) -> int:
@@ -210,7 +274,10 @@ class TTTLayer(OwnedTensorsMixin, DynamicLayer):
 class TTTAndFullAttentionLayer(FullAttentionLayer):
     """Cache of a `hybrid` layer."""
 
-    is_croppable = False  # further than the current mini-batch
+    @property
+    def is_croppable(self) -> bool:
+        """Further than the current mini-batch."""
+        return self.record_past
 
 
 class TTTAndStaticFullAttentionLayer(OwnedTensorsMixin, StaticLayer):
@@ -359,6 +426,7 @@ def _empty(layer: OwnedTensorsMixin) -> OwnedTensorsMixin:
     layer.keys = layer.values = None  # which are another layer's, too, and not to be zeroed
     layer.is_initialized = False
     layer.reset()
+    layer.forget_past()
     return layer
 
 

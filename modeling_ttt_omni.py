@@ -80,7 +80,6 @@ class TTTOmniPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _is_stateful = True  # a step of the TTT state is final, so assisted generation cannot roll it back
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):

@@ -171,9 +171,7 @@ def main() -> None:
     hour = measure_hour(engine, arguments.minutes)
     for name, milliseconds in hour["ms_per_token"].items():
         print(f"{name:>10}: {milliseconds:6.2f} ms per token")
-    print(
-        f"ratio {hour['ratio']:.3f} after {hour['tokens']} tokens; memory {hour['bytes'][0]} and {hour['bytes'][1]} bytes"
-    )
+    print(f"ratio {hour['ratio']:.3f}, after {hour['tokens']} tokens; bytes of the memory: {hour['bytes']}")
     engine.close()
     results = {"parameters": parameters, "threads": torch.get_num_threads(), "batching": batching, "hour": hour}
     Path(arguments.output).write_text(json.dumps(results, indent=2) + "\n")

@@ -5,10 +5,10 @@ Kills `ttt-omni serve` (SIGKILL) at random moments while sessions talk, starts i
     python benchmarks/serve_kills.py --kills 20
 
 Four clients of the realtime endpoint each hold a conversation of their own, turn after turn, with answers cut to some
-tokens. After each kill every file in the folder of sessions is read: it must be whole. After each restart each client
-takes its session up again, and repeats the turn that was not completed. At the end each conversation, its tokens and
-its state, is compared with the same one that nobody disturbed.
-Prints a table, and writes `benchmarks/results/serve_kills.json`.
+tokens. A moment is a number of events that they have received together, and a while after it. After each kill every
+file in the folder of sessions is read: it must be whole. After each restart each client takes its session up again,
+and repeats the turn that was not completed. At the end each conversation, its tokens and its state, is compared with
+the same one that nobody disturbed. Prints a table, and writes `benchmarks/results/serve_kills.json`.
 """
 
 import argparse
@@ -38,13 +38,13 @@ from ttt_omni.serving.server import serve
 
 
 SESSIONS = 4
-TOKENS = 12
+TOKENS = 8
 TOLERANCE = 1e-4
 
 
 def pcm16(session: int, turn: int) -> bytes:
     """A question, as PCM16 at 24 kHz."""
-    noise = np.random.default_rng([session, turn]).standard_normal(16000 * (1 + (session + turn) % 3))
+    noise = np.random.default_rng([session, turn]).standard_normal(8000 * (1 + (session + turn) % 3))
     waveform = soxr.resample((0.05 * noise).astype(np.float32), 16000, 24000)
     return np.rint(waveform.clip(-1, 1) * 32767).astype("<i2").tobytes()
 
@@ -82,8 +82,11 @@ class ServerProcess:
         self.process.join()
 
 
-async def talk(address: str, id: str, session: int, completed: list[int], turns: int) -> None:
-    """Turn after turn from the last completed one on, until the server is gone or all were completed."""
+async def talk(address: str, id: str, session: int, completed: list[int], turns: int, received) -> None:
+    """
+    Turn after turn from the last completed one on, until the server is gone or all were completed; calls `received`
+    for each event that comes.
+    """
     try:
         async with connect(f"ws{address[4:]}/v1/realtime?session={id}") as websocket:
 
@@ -97,6 +100,7 @@ async def talk(address: str, id: str, session: int, completed: list[int], turns:
                 await send(type="input_audio_buffer.commit")
                 await send(type="response.create", response={"max_output_tokens": TOKENS})
                 while (event := json.loads(await websocket.recv()))["type"] != "response.done":
+                    received()
                     if event["type"] == "error":
                         raise RuntimeError(event["error"]["message"])
                 completed[session] += 1
@@ -104,11 +108,23 @@ async def talk(address: str, id: str, session: int, completed: list[int], turns:
         pass
 
 
-async def talk_until(server: ServerProcess, ids: list[str], completed: list[int], turns: int, seconds: float | None):
-    """All clients, until the server is killed after so many seconds."""
-    talks = asyncio.gather(*(talk(server.address, id, number, completed, turns) for number, id in enumerate(ids)))
-    if seconds is not None:
-        await asyncio.sleep(seconds)
+async def talk_until(server: ServerProcess, ids: list[str], completed: list[int], turns: int, events: float):
+    """All clients, until the server is killed after so many events, whose fraction is one of 50 ms."""
+    seen, enough = 0, asyncio.Event()
+
+    def received():
+        nonlocal seen
+        seen += 1
+        if seen >= events:
+            enough.set()
+
+    talks = asyncio.gather(
+        *(talk(server.address, id, number, completed, turns, received) for number, id in enumerate(ids))
+    )
+    ended = asyncio.ensure_future(talks)
+    await asyncio.wait({ended, asyncio.create_task(enough.wait())}, return_when=asyncio.FIRST_COMPLETED)
+    if not ended.done():
+        await asyncio.sleep(0.05 * (events % 1))
         server.kill()
     await talks
 
@@ -161,18 +177,18 @@ def difference(model, path: Path, expected) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Kills `ttt-omni serve`, and goes on.")
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="default: 20")
-    parser.add_argument("--seconds", type=float, default=4, metavar="N", help="until a kill, at most; default: 4")
+    parser.add_argument("--events", type=float, default=80, metavar="N", help="until a kill, at most; default: 80")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--output", default=Path(__file__).parent / "results" / "serve_kills.json", metavar="FILE")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # threads do not survive a fork
     with tempfile.TemporaryDirectory() as folder:
-        results = measure(Path(folder), arguments.kills, arguments.seconds, random.Random(arguments.seed))
+        results = measure(Path(folder), arguments.kills, arguments.events, random.Random(arguments.seed))
     Path(arguments.output).write_text(json.dumps(results, indent=2) + "\n")
     sys.exit(int(not results["nothing_lost"]))
 
 
-def measure(folder: Path, kills: int, longest: float, generator: random.Random) -> dict:
+def measure(folder: Path, kills: int, most: float, generator: random.Random) -> dict:
     make_tiny(folder / "model")
     model = TTTOmniForCausalLM.from_pretrained(folder / "model")
     processor = TTTOmniProcessor.from_pretrained(folder / "model")
@@ -181,20 +197,20 @@ def measure(folder: Path, kills: int, longest: float, generator: random.Random) 
     server = ServerProcess(folder / "model", sessions)
     ids = [httpx.post(f"{server.address}/v1/sessions").json()["id"] for _ in range(SESSIONS)]
     completed, rows = [0] * SESSIONS, []
-    print(f"{'kill':>5}{'after':>9}{'said to clients':>20}{'in the files':>20}", flush=True)
+    print(f"{'kill':>5}{'events':>9}{'said to clients':>20}{'in the files':>20}", flush=True)
     for kill in range(kills):
-        seconds = generator.uniform(0.05, longest)
-        asyncio.run(talk_until(server, ids, completed, 10**9, seconds))
+        events = generator.uniform(0, most)
+        asyncio.run(talk_until(server, ids, completed, 10**9, events))
         in_files = saved_turns(model, processor, sessions, ids)
         # A turn may be in the file whose end the client did not hear of; it then is not repeated.
         is_whole = all(said <= saved <= said + 1 for said, saved in zip(completed, in_files))
-        rows.append({"seconds": seconds, "completed": list(completed), "saved": in_files, "whole": is_whole})
+        rows.append({"events": events, "completed": list(completed), "saved": in_files, "whole": is_whole})
         shown = [" ".join(map(str, turns)) for turns in (completed, in_files)]
-        print(f"{kill:5}{seconds:8.2f}s{shown[0]:>20}{shown[1]:>20}{'' if is_whole else '  LOST'}", flush=True)
+        print(f"{kill:5}{events:9.2f}{shown[0]:>20}{shown[1]:>20}{'' if is_whole else '  LOST'}", flush=True)
         completed[:] = in_files
         server = ServerProcess(folder / "model", sessions)
     turns = max(completed) + 1
-    asyncio.run(talk_until(server, ids, completed, turns, None))
+    asyncio.run(talk_until(server, ids, completed, turns, float("inf")))
     server.kill()
     left = sorted(path.name for path in sessions.iterdir() if path.suffix not in (".json", ".safetensors", ".lock"))
     paths = [sessions / f"{id}.safetensors" for id in ids]

@@ -16,6 +16,7 @@ from .terminal import forgiving_terminal
 
 MODES = ("hybrid", "replace")
 DTYPES = ("float32", "bfloat16", "float16")
+SCHEMES = ("int8", "int4")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -299,8 +300,7 @@ def _add_serve(commands) -> None:
     serve.add_argument("--sessions", type=int, default=16, metavar="N", help="open at the same time (default: 16)")
     serve.add_argument("--idle-minutes", type=float, default=15, metavar="N", help="until one is closed (default: 15)")
     serve.add_argument("--new-tokens", type=int, default=1024, metavar="N", help="of an answer (default: 1024)")
-    serve.add_argument("--device", default="auto", help="cpu, cuda, … (default: an accelerator if there is one)")
-    serve.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: that of the files")
+    _add_loading_arguments(serve)
 
 
 def _add_conversation_arguments(parser: argparse.ArgumentParser, memory: str) -> None:
@@ -314,8 +314,15 @@ def _add_conversation_arguments(parser: argparse.ArgumentParser, memory: str) ->
     parser.add_argument("--memory", metavar="FILE", help=f"the conversation, which is {memory}")
     parser.add_argument("--skip-silence", action="store_true", help="leave out silent windows of 30 s")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)")
+    _add_loading_arguments(parser)
+
+
+def _add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: an accelerator if there is one)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: that of the files")
+    parser.add_argument(
+        "--quantize", choices=SCHEMES, help="weights as integers, for less memory (needs bitsandbytes; default: not)"
+    )
 
 
 if __name__ == "__main__":

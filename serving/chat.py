@@ -242,7 +242,7 @@ class Completion:
     async def _save(self) -> None:
         answer = self.stream.answer
         if self.session is not None and answer.finish_reason != "cancelled":
-            await asyncio.to_thread(self.session.save, answer.conversation(self.server.answer_end_id))
+            await self.session.save(answer.conversation(self.server.answer_end_id))
 
     def _audio(self, samples: np.ndarray) -> str:
         data = base64.b64encode(to_pcm16(samples).tobytes()).decode()

@@ -14,12 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .audio import MODEL_RATE, PCM_RATE, Resampler, VoiceActivity, decode, decode_base64, to_pcm16
 from .chat import with_instruction
-from .engine import Answer
 from .errors import APIError, invalid
 
 
 router = APIRouter()
 SUBPROTOCOL, KEY_SUBPROTOCOL = "realtime", "openai-insecure-api-key."  # as browsers, which set no headers, send them
+GONE = "client_gone"  # why a response is cancelled of which nothing is kept
 SHORTEST_MS = 100  # of what may be committed
 SLICE = 4800  # bytes of PCM16 in 100 ms
 
@@ -297,10 +297,8 @@ class Connection:
             pass
         finally:
             if self.response is not None:
-                self.response.cancel("client_cancelled")
-                self.response.task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await self.response.task
+                self.response.cancel(GONE)
+                await asyncio.wait([self.response.task])
 
     async def _receive(self) -> dict | None:
         while True:
@@ -495,14 +493,12 @@ class Connection:
         if heard > said.samples:
             milliseconds = said.samples * 1000 // PCM_RATE
             raise APIError(f"The answer has {milliseconds} ms of audio.", "invalid_value", param="audio_end_ms")
-        await asyncio.to_thread(self._truncate, said.answer, heard * self.server.speech_rate // PCM_RATE)
+        samples = heard * self.server.speech_rate // PCM_RATE
+        num_tokens = await asyncio.to_thread(self.server.engine.heard_tokens, said.answer, samples)
+        await self.session.save(said.answer.conversation(self.server.answer_end_id, num_tokens))
         await self.send(
             "conversation.item.truncated", item_id=event.item_id, content_index=0, audio_end_ms=event.audio_end_ms
         )
-
-    def _truncate(self, answer: Answer, samples: int) -> None:
-        num_tokens = self.server.engine.heard_tokens(answer, samples)
-        self.session.save(answer.conversation(self.server.answer_end_id, num_tokens))
 
     async def _on_ResponseCreate(self, event: ResponseCreate) -> None:
         defaults = {name: getattr(self.config, name) for name in _Options.model_fields}
@@ -540,7 +536,9 @@ class Connection:
             self.last_item = response.item_id
             try:
                 await self._answer(response, part)
-            except APIError as error:
+            except Exception as error:
+                if not isinstance(error, APIError):
+                    error = APIError(f"The answer failed: {error!r}.", "internal_error", 500)
                 response.status, response.reason = "failed", None
                 response.error = {"type": error.error["type"], "code": error.code, "message": error.message}
             if response.speaks:
@@ -578,10 +576,10 @@ class Connection:
                     await self._send_audio(response, part, pcm.push(event.waveform.numpy()))
             if pcm is not None and answer.finish_reason != "cancelled":
                 await self._send_audio(response, part, pcm.flush())
-        if answer.heard is not None:
+        if answer.heard is not None and response.reason != GONE:
             conversation = answer.conversation(self.server.answer_end_id)
             self.unheard = self.unheard[len(unheard) :]
-            await asyncio.to_thread(self.session.save, conversation)
+            await self.session.save(conversation)
             self.said = response
         response.status = {"stop": "completed", "length": "incomplete"}.get(answer.finish_reason, answer.finish_reason)
         if answer.finish_reason == "length":

@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
-from ..loading import find_device, read_config
+from ..loading import find_device, quantization, read_config
 from ..memory_ttt_omni import TTTOmniMemory
 from ..modeling_ttt_omni import TTTOmniForCausalLM
 from ..processing_ttt_omni import TTTOmniProcessor
@@ -279,6 +279,7 @@ def serve(
     api_key: list[str] | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str | None = None,
     upload_mb: float = 100,
     audio_minutes: float = 60,
     sessions: int = 16,
@@ -293,6 +294,7 @@ def serve(
         host, port: where to listen.
         memory: folder of the sessions, which go on after a restart; by default they end with the server.
         api_key: keys that are let in; by default everyone on this machine is.
+        device, dtype, quantize: as in `ttt-omni chat`.
         upload_mb, audio_minutes, sessions, idle_minutes, new_tokens: as in [`Limits`].
 
     Raises:
@@ -312,7 +314,8 @@ def serve(
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         print(f"ttt-omni: Loading {model}", file=sys.stderr, flush=True)
         processor = TTTOmniProcessor.from_pretrained(model)
-        loaded = TTTOmniForCausalLM.from_pretrained(model, dtype=dtype, device_map=find_device(device)).eval()
+        options = {"dtype": dtype, "device_map": find_device(device), **quantization(quantize, model, dtype)}
+        loaded = TTTOmniForCausalLM.from_pretrained(model, **options).eval()
         name = str(model).rstrip("/").rpartition("/")[2]
         server = Server(loaded, processor, name, folder, limits, frozenset(api_key or ()))
         config = uvicorn.Config(

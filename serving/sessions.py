@@ -35,6 +35,7 @@ class Session:
         self.path = folder / f"{id}.safetensors"
         self.memory: TTTOmniMemory | None = None  # after the last completed turn
         self.instructions: str | None = None
+        self.saving: asyncio.Future | None = None
 
     def load(self) -> None:
         """Takes up what the file holds, if there is one."""
@@ -42,8 +43,22 @@ class Session:
             self.memory = self.model.load_memory(self.path)
             self.instructions = memory_metadata(self.path).get("instructions")
 
-    def save(self, memory: TTTOmniMemory) -> None:
-        """Replaces the file by one of a completed turn."""
+    async def save(self, memory: TTTOmniMemory) -> None:
+        """
+        Replaces the file by one of a completed turn, also where nobody waits for it any longer.
+
+        Raises:
+            APIError: if it cannot be written.
+        """
+        self.saving = asyncio.ensure_future(asyncio.to_thread(self.write, memory))
+        try:
+            await asyncio.shield(self.saving)
+        except (OSError, ValueError) as error:
+            message = str(error).replace(str(self.path), "The session's memory")
+            raise APIError(f"The turn could not be saved: {message}", "not_saved", 500) from None
+
+    def write(self, memory: TTTOmniMemory) -> None:
+        """The same, at once."""
         metadata = {"turn": "complete"}
         if self.instructions is not None:
             metadata["instructions"] = self.instructions
@@ -117,7 +132,7 @@ class Sessions:
         id = self.create(owner)
         session = Session(self.folder, id, self.model)
         session.instructions = metadata.get("instructions")
-        session.save(memory)
+        session.write(memory)
         return id
 
     def check(self, id: str, owner: str) -> Path:
@@ -161,10 +176,10 @@ class Sessions:
             raise _in_use()
         if len(self.open_sessions) >= self.max_open:
             raise APIError(f"{self.max_open} sessions are open already: try again later.", "too_many_sessions", 429)
-        session = Session(self.folder, id, self.model)
-        with ExitStack() as stack:
-            self.open_sessions[id] = session
-            stack.callback(self.open_sessions.pop, id)
+        session, stack = Session(self.folder, id, self.model), ExitStack()
+        self.open_sessions[id] = session
+        stack.callback(self.open_sessions.pop, id)
+        try:
             try:
                 stack.enter_context(locked(path))
             except ValueError:
@@ -175,6 +190,11 @@ class Sessions:
                 message = str(error).replace(str(path), "The session's memory")
                 raise APIError(message, "unreadable_session", 500) from None
             yield session
+        finally:
+            if session.saving is None or session.saving.done():
+                stack.close()
+            else:  # nobody may have it before
+                session.saving.add_done_callback(lambda _: stack.close())
 
 
 def _in_use() -> APIError:

@@ -43,9 +43,9 @@ def open_model(folder, layers="windowed"):
 
 
 @contextmanager
-def running(model, processor, folder, limits=None, api_keys=()):
+def running(model, processor, folder, limits=None, api_keys=(), name=NAME):
     """The address of a server, and the server."""
-    server = Server(model, processor, NAME, folder, limits or Limits(new_tokens=64), frozenset(api_keys))
+    server = Server(model, processor, name, folder, limits or Limits(new_tokens=64), frozenset(api_keys))
     listening = socket.create_server(("127.0.0.1", 0))
     uvicorn_server = uvicorn.Server(uvicorn.Config(make_app(server), log_level="error", ws_max_size=2**20))
     thread = threading.Thread(target=uvicorn_server.run, args=([listening],), daemon=True)
