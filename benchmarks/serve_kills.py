@@ -39,6 +39,7 @@ from ttt_omni.serving.server import serve
 
 SESSIONS = 4
 TOKENS = 8
+EMBEDDINGS = 300  # of a question, which is one window
 TOLERANCE = 1e-4
 
 
@@ -103,6 +104,8 @@ async def talk(address: str, id: str, session: int, completed: list[int], turns:
                     received()
                     if event["type"] == "error":
                         raise RuntimeError(event["error"]["message"])
+                if event["response"]["status"] == "failed":
+                    raise RuntimeError(event["response"]["status_details"]["error"]["message"])
                 completed[session] += 1
     except (WebSocketException, OSError):
         pass
@@ -129,17 +132,15 @@ async def talk_until(server: ServerProcess, ids: list[str], completed: list[int]
     await talks
 
 
-def saved_turns(model, processor, folder: Path, ids: list[str]) -> list[int]:
+def saved_turns(model, folder: Path, ids: list[str]) -> list[int]:
     """How many turns each file holds, once it is known to be whole."""
     turns = []
     for id in ids:
         path = folder / f"{id}.safetensors"
         turns.append(0)
         if path.exists():
-            ids_of_session = model.load_memory(path).input_ids[0]  # raises for a file that is damaged
-            questions = torch.tensor(processor.tokenizer.encode("directly", add_special_tokens=False))
-            windows = ids_of_session.unfold(0, len(questions), 1)
-            turns[-1] = int((windows == questions).all(1).sum())
+            input_ids = model.load_memory(path).input_ids  # raises for a file that is damaged
+            turns[-1] = int((input_ids == model.config.audio_token_id).sum()) // EMBEDDINGS
     return turns
 
 
@@ -201,7 +202,7 @@ def measure(folder: Path, kills: int, most: float, generator: random.Random) -> 
     for kill in range(kills):
         events = generator.uniform(0, most)
         asyncio.run(talk_until(server, ids, completed, 10**9, events))
-        in_files = saved_turns(model, processor, sessions, ids)
+        in_files = saved_turns(model, sessions, ids)
         # A turn may be in the file whose end the client did not hear of; it then is not repeated.
         is_whole = all(said <= saved <= said + 1 for said, saved in zip(completed, in_files))
         rows.append({"events": events, "completed": list(completed), "saved": in_files, "whole": is_whole})
