@@ -38,13 +38,19 @@ from ttt_omni.serving.server import serve
 
 
 SESSIONS = 4
-TOKENS = 8
-EMBEDDINGS = 300  # of a question, which is one window
+TOKENS = 4
 TOLERANCE = 1e-4
 
 
-def pcm16(session: int, turn: int) -> bytes:
-    """A question, as PCM16 at 24 kHz."""
+def text(turn: int) -> str:
+    """A question that is typed, but for every fourth one, which is spoken; and what is typed beside that."""
+    return f"And what is {turn}?"
+
+
+def pcm16(session: int, turn: int) -> bytes | None:
+    """The spoken part of a question, if it has one, as PCM16 at 24 kHz."""
+    if turn % 4:
+        return None
     noise = np.random.default_rng([session, turn]).standard_normal(8000 * (1 + (session + turn) % 3))
     waveform = soxr.resample((0.05 * noise).astype(np.float32), 16000, 24000)
     return np.rint(waveform.clip(-1, 1) * 32767).astype("<i2").tobytes()
@@ -96,9 +102,12 @@ async def talk(address: str, id: str, session: int, completed: list[int], turns:
 
             await send(type="session.update", session={"audio": {"input": {"turn_detection": None}}})
             while completed[session] < turns:
-                audio = base64.b64encode(pcm16(session, completed[session])).decode()
-                await send(type="input_audio_buffer.append", audio=audio)
-                await send(type="input_audio_buffer.commit")
+                turn = completed[session]
+                if (data := pcm16(session, turn)) is not None:
+                    await send(type="input_audio_buffer.append", audio=base64.b64encode(data).decode())
+                    await send(type="input_audio_buffer.commit")
+                item = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": text(turn)}]}
+                await send(type="conversation.item.create", item=item)
                 await send(type="response.create", response={"max_output_tokens": TOKENS})
                 while (event := json.loads(await websocket.recv()))["type"] != "response.done":
                     received()
@@ -132,7 +141,7 @@ async def talk_until(server: ServerProcess, ids: list[str], completed: list[int]
     await talks
 
 
-def saved_turns(model, folder: Path, ids: list[str]) -> list[int]:
+def saved_turns(model, processor, folder: Path, ids: list[str]) -> list[int]:
     """How many turns each file holds, once it is known to be whole."""
     turns = []
     for id in ids:
@@ -140,7 +149,9 @@ def saved_turns(model, folder: Path, ids: list[str]) -> list[int]:
         turns.append(0)
         if path.exists():
             input_ids = model.load_memory(path).input_ids  # raises for a file that is damaged
-            turns[-1] = int((input_ids == model.config.audio_token_id).sum()) // EMBEDDINGS
+            said = processor.decode(input_ids[0], skip_special_tokens=True)
+            while text(turns[-1]) in said:
+                turns[-1] += 1
     return turns
 
 
@@ -148,8 +159,11 @@ def undisturbed(model, processor, session: int, turns: int):
     """The same conversation by `generate`."""
     memory = None
     for turn in range(turns):
-        audio = {"type": "audio", "audio": decode(pcm16(session, turn), "pcm16", 60, ""), "sampling_rate": 16000}
-        message = {"role": "user", "content": [audio, {"type": "text", "text": processor.speech_instruction}]}
+        content = [{"type": "text", "text": text(turn)}]
+        if (data := pcm16(session, turn)) is not None:
+            audio = decode(data, "pcm16", 60, "")
+            content = [{"type": "audio", "audio": audio, "sampling_rate": 16000}, *content]
+        message = {"role": "user", "content": content}
         pieces = processor.turn_pieces(message, None if memory is None else memory.input_ids)
         *_, memory = model.listen(pieces, memory)
         out = model.generate(**vars(memory), max_new_tokens=TOKENS, return_dict_in_generate=True)
@@ -178,7 +192,7 @@ def difference(model, path: Path, expected) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Kills `ttt-omni serve`, and goes on.")
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="default: 20")
-    parser.add_argument("--events", type=float, default=80, metavar="N", help="until a kill, at most; default: 80")
+    parser.add_argument("--events", type=float, default=120, metavar="N", help="until a kill, at most; default: 120")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--output", default=Path(__file__).parent / "results" / "serve_kills.json", metavar="FILE")
     arguments = parser.parse_args()
@@ -202,7 +216,7 @@ def measure(folder: Path, kills: int, most: float, generator: random.Random) -> 
     for kill in range(kills):
         events = generator.uniform(0, most)
         asyncio.run(talk_until(server, ids, completed, 10**9, events))
-        in_files = saved_turns(model, sessions, ids)
+        in_files = saved_turns(model, processor, sessions, ids)
         # A turn may be in the file whose end the client did not hear of; it then is not repeated.
         is_whole = all(said <= saved <= said + 1 for said, saved in zip(completed, in_files))
         rows.append({"events": events, "completed": list(completed), "saved": in_files, "whole": is_whole})
