@@ -26,7 +26,7 @@ from ttt_omni.conversion import make_tiny
 from ttt_omni.serving.engine import Answer, Engine
 
 
-SESSIONS, TOKENS = 8, 64
+SESSIONS, TOKENS = 8, 32
 MINUTES = 60
 
 
@@ -146,9 +146,9 @@ def measure_hour(engine: Engine, minutes: float) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Eight sessions at once, and one after an hour.")
     parser.add_argument("--model", metavar="DIR", help="default: a random one")
-    parser.add_argument("--hidden-size", type=int, default=256, metavar="N", help="of that; default: 256")
-    parser.add_argument("--layers", type=int, default=8, metavar="N", help="of that; default: 8")
-    parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="default: 5")
+    parser.add_argument("--hidden-size", type=int, default=128, metavar="N", help="of that; default: 128")
+    parser.add_argument("--layers", type=int, default=4, metavar="N", help="of that; default: 4")
+    parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="default: 3")
     parser.add_argument("--minutes", type=float, default=MINUTES, metavar="N", help="default: 60")
     parser.add_argument("--output", default=Path(__file__).parent / "results" / "serve_batching.json", metavar="FILE")
     arguments = parser.parse_args()
