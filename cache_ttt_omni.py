@@ -1,6 +1,7 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 """Layers for Transformers' caches that hold the state of TTT, and windowed attention with sinks."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -26,6 +27,8 @@ class OwnedTensorsMixin:
     names: tuple[str, ...] = ("keys", "values")
     ttt_state: TTTState | None = None  # before the first token, and where there is no TTT
     columns_without_padding: int = 0  # how many of the last columns hold a token in every row
+    record_past: bool = False  # whether `crop` may go back further than the state alone can
+    earlier: tuple[TTTState, int] | None = None  # the state before the last step, and the tokens since
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the layer holds, by name; nothing before the first token."""
@@ -52,39 +55,69 @@ class OwnedTensorsMixin:
                 setattr(self, name, function(getattr(self, name)))
         if self.ttt_state is not None:
             self.ttt_state = self.ttt_state.map(function)
+        if self.earlier is not None:
+            self.earlier = self.earlier[0].map(function), self.earlier[1]
 
-    def update_ttt_state(self, state: TTTState, token_mask: torch.Tensor | None, length: int) -> None:
-        """Store the state after `length` more columns, which hold tokens where `token_mask` `[B, length]` is true."""
+    def update_ttt_state(
+        self,
+        state: TTTState,
+        token_mask: torch.Tensor | None,
+        length: int,
+        earlier: tuple[TTTState, int] | None = None,
+    ) -> None:
+        """
+        Store the state after `length` more columns, which hold tokens where `token_mask` `[B, length]` is true; and if
+        it made a step in them, the `earlier` one before the last step, with the number of tokens since.
+        """
         self.ttt_state = state
+        if earlier is None and self.earlier is not None:
+            earlier = self.earlier[0], self.earlier[1] + length
+        self.earlier = earlier
         if token_mask is not None:
             last_tokens = int(token_mask.flip(1).cumprod(1).sum(1).min())
             self.columns_without_padding *= last_tokens == length
             length = last_tokens
         self.columns_without_padding += length
 
+    def activate_past_recording(self) -> None:
+        """From now on, `crop` can take back what came since the last `crop`: as Transformers' caches have it."""
+        self.record_past = True
+
+    def forget_past(self) -> None:
+        """Ends that."""
+        self.record_past, self.earlier = False, None
+
     def crop(self, tokens_to_remove: int) -> None:
         """
         Forget the last columns (`tokens_to_remove` is negative, as elsewhere in Transformers).
 
         Raises:
-            RuntimeError: if there is TTT, and that would go back past the start of a row's current mini-batch, or to
-                padding. Other layers of the cache may have been cropped by then: it is of no more use.
+            RuntimeError: if there is TTT, and that would go back past the start of a row's current mini-batch, or of
+                the one before it where the past is recorded, or to padding. Other layers of the cache may have been
+                cropped by then: it is of no more use.
         """
-        state, columns = self.ttt_state, abs(tokens_to_remove)
-        if state is not None and columns > 0:
-            if columns > self.columns_without_padding:
-                raise RuntimeError(
-                    f"Cannot take back {columns} columns: only the last {self.columns_without_padding} are known to "
-                    "hold a token in every row."
-                )
-            state = state.rewind(columns)
+        state, columns = self._state_before(abs(tokens_to_remove)), abs(tokens_to_remove)
         super().crop(tokens_to_remove)
-        self.ttt_state = state
+        self.ttt_state, self.earlier = state, None
         self.columns_without_padding -= columns
+
+    def _state_before(self, columns: int) -> TTTState | None:
+        """The state of TTT, if there is one, so many columns ago."""
+        if self.ttt_state is None or columns == 0:
+            return self.ttt_state
+        if columns > self.columns_without_padding:
+            raise RuntimeError(
+                f"Cannot take back {columns} columns: only the last {self.columns_without_padding} are known to "
+                "hold a token in every row."
+            )
+        if self.earlier is not None and columns >= self.earlier[1]:
+            state, since = self.earlier
+            return state.rewind(columns - since)
+        return self.ttt_state.rewind(columns)
 
     def reset(self) -> None:
         super().reset()
-        self.ttt_state = None
+        self.ttt_state = self.earlier = None
         self.columns_without_padding = 0
 
     def offload(self) -> None:
@@ -116,7 +149,7 @@ class SlidingWindowLayer(OwnedTensorsMixin, DynamicLayer):
     """Keys and values of each row's last `sliding_window - 1` and first `attention_sinks` tokens."""
 
     names = ("keys", "values", "places")
-    is_croppable = False
+    past: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # all since the last `crop`, where recorded
 
     def __init__(self, sliding_window: int, attention_sinks: int):
         super().__init__()
@@ -143,6 +176,11 @@ class SlidingWindowLayer(OwnedTensorsMixin, DynamicLayer):
             self.lazy_initialization(keys, values)
             self.keys, self.values, self.places = keys[:, :, :0], values[:, :, :0], places[:, :0]
         self.cumulative_length += keys.shape[2]
+        if self.record_past:
+            past = (self.keys, self.values, self.places) if self.past is None else self.past
+            self.past = tuple(
+                torch.cat(pair, dim=1 + (pair[0].ndim > 2)) for pair in zip(past, (keys, values, places))
+            )
         keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
         places = torch.cat([self.places, places], dim=1)
         self.keys, self.values, self.places = self._evict(keys, values, places)
@@ -172,30 +210,57 @@ class SlidingWindowLayer(OwnedTensorsMixin, DynamicLayer):
     def get_max_length(self) -> int:
         return self.attention_sinks + self.sliding_window
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether what came since the last `crop` can be taken back."""
+        return self.record_past
+
+    def forget_past(self) -> None:
+        super().forget_past()
+        self.past = None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().map(function)
+        self.past = None if self.past is None else tuple(map(function, self.past))
+
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove != 0:
-            raise RuntimeError("A window cannot be cropped: the tokens that it would need again are gone.")
+        state, columns = self._state_before(abs(tokens_to_remove)), abs(tokens_to_remove)
+        if columns > 0:
+            length = -1 if self.past is None else self.past[2].shape[1] - columns
+            if length < 0:
+                raise RuntimeError("A window cannot be cropped: the tokens that it would need again are gone.")
+            keys, values, places = self.past
+            self.keys, self.values, self.places = self._evict(
+                keys[:, :, :length], values[:, :, :length], places[:, :length]
+            )
+            self.cumulative_length -= columns
+            self.columns_without_padding -= columns
+        self.ttt_state, self.earlier, self.past = state, None, None
 
     def reset(self) -> None:
         super().reset()
-        self.places = None
+        self.places = self.past = None
 
 
 class TTTLayer(OwnedTensorsMixin, DynamicLayer):
     """Cache of a `linear_attention` layer: the state of TTT, without keys and values."""
 
     names = ()
-    is_croppable = False
 
     def __init__(self):
         super().__init__()
         self.cumulative_length = 0
 
+    @property
+    def is_croppable(self) -> bool:
+        """Further than the current mini-batch."""
+        return self.record_past
+
     def update(self, *args, **kwargs):
         raise NotImplementedError("A layer without attention has no keys and values.")
 
-    def update_ttt_state(self, state: TTTState, token_mask: torch.Tensor | None, length: int) -> None:
-        super().update_ttt_state(state, token_mask, length)
+    def update_ttt_state(self, state: TTTState, token_mask: torch.Tensor | None, length: int, earlier=None) -> None:
+        super().update_ttt_state(state, token_mask, length, earlier)
         self.cumulative_length += length
 
     def get_seq_length(self) -> int:
@@ -209,7 +274,10 @@ class TTTLayer(OwnedTensorsMixin, DynamicLayer):
 class TTTAndFullAttentionLayer(FullAttentionLayer):
     """Cache of a `hybrid` layer."""
 
-    is_croppable = False  # further than the current mini-batch
+    @property
+    def is_croppable(self) -> bool:
+        """Further than the current mini-batch."""
+        return self.record_past
 
 
 class TTTAndStaticFullAttentionLayer(OwnedTensorsMixin, StaticLayer):
@@ -251,6 +319,115 @@ def add_ttt_layers(cache: Cache, config: PreTrainedConfig) -> None:
         )
     for index, layer_type in enumerate(config.layer_types):
         cache.layers[index] = _layer_for(layer_type, cache.layers[index], index, config)
+
+
+def snapshot(cache: Cache) -> Cache:
+    """
+    `cache` as it is now, to come back to after it went on. Of its tensors only the state of TTT, whose size is fixed,
+    is copied: keys and values are never written to, but replaced.
+    """
+    layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in layers:
+        if getattr(layer, "ttt_state", None) is not None:
+            layer.ttt_state = layer.ttt_state.clone()
+    return Cache(layers=layers)
+
+
+class BatchedCache(Cache):
+    """
+    The caches of B conversations, each as long as it is, as one that goes on by the same number of tokens in each.
+    Columns of padding stand before the tokens of those that are shorter than the longest.
+
+    Args:
+        caches: of one row each; they are left as they are.
+        config: of the layers that fill them.
+
+    Raises:
+        ValueError: if a cache has more than one row, or as [`add_ttt_layers`].
+    """
+
+    def __init__(self, caches: list[Cache], config: PreTrainedConfig):
+        for cache in caches:
+            add_ttt_layers(cache, config)
+        lengths = [cache.get_seq_length() for cache in caches]
+        self.padding = [max(lengths) - length for length in lengths]  # columns of each row
+        super().__init__(layers=[_join(layers, max(lengths)) for layers in zip(*(cache.layers for cache in caches))])
+
+    def get_seq_length(self, layer_idx: int = 0) -> torch.LongTensor:
+        """The number of tokens of each row, `[B, 1]`."""
+        columns = self.layers[layer_idx].get_seq_length()
+        return torch.tensor([[columns - padding] for padding in self.padding])
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """The number of columns."""
+        return self.layers[layer_idx].get_seq_length()
+
+    def attention_mask(self, length: int, device: torch.device) -> torch.BoolTensor:
+        """`[B, columns + length]`, false for padding, where each row goes on by `length` tokens."""
+        columns = torch.arange(self.get_query_offset() + length, device=device)
+        return columns >= torch.tensor(self.padding, device=device)[:, None]
+
+    def split(self) -> list[Cache]:
+        """The caches of the rows, which share no memory."""
+        rows = []
+        for row, (padding, length) in enumerate(zip(self.padding, self.get_seq_length().flatten().tolist())):
+            rows.append(Cache(layers=[_row(layer, row, padding, length) for layer in self.layers]))
+        return rows
+
+
+def _join(layers: tuple[OwnedTensorsMixin, ...], length: int) -> OwnedTensorsMixin:
+    """The layers of several caches, of one row each, as one of `length` columns."""
+    joined, rows = _empty(layers[0]), [layer.tensors() for layer in layers]
+    filled = next((tensors for tensors in rows if tensors), None)
+    if filled is None:
+        return joined
+    tensors = {}
+    for name, x in filled.items():
+        if x.shape[0] != 1:
+            raise ValueError(f"A cache of one conversation has one row, got {x.shape[0]}.")
+        if name.startswith("ttt."):
+            tensors[name] = torch.cat([row[name] for row in rows])
+        else:
+            axis = 1 if name == "places" else 2
+            parts = [row.get(name, x.narrow(axis, 0, 0)) for row in rows]
+            columns = max(part.shape[axis] for part in parts)
+            tensors[name] = torch.cat([_pad(part, axis, columns, -1 if name == "places" else 0) for part in parts])
+    joined.load(tensors, length)
+    return joined
+
+
+def _pad(x: torch.Tensor, axis: int, columns: int, value: int) -> torch.Tensor:
+    padding = [0, 0] * (x.ndim - axis - 1) + [columns - x.shape[axis], 0]
+    return torch.nn.functional.pad(x, padding, value=value)
+
+
+def _row(layer: OwnedTensorsMixin, row: int, padding: int, length: int) -> OwnedTensorsMixin:
+    """One row of a layer of several, without its columns of padding."""
+    single, tensors = _empty(layer), {name: x[row : row + 1] for name, x in layer.tensors().items()}
+    if "places" in tensors:
+        kept = tensors["places"][0] >= 0
+        tensors |= {"keys": tensors["keys"][:, :, kept], "values": tensors["values"][:, :, kept]}
+        tensors["places"] = tensors["places"][:, kept]
+    elif "keys" in tensors:
+        tensors |= {name: tensors[name][:, :, padding:] for name in ("keys", "values")}
+    if tensors:
+        single.load({name: x.clone() for name, x in tensors.items()}, length)
+        single.columns_without_padding = length
+    return single
+
+
+def _empty(layer: OwnedTensorsMixin) -> OwnedTensorsMixin:
+    """A layer of the same kind that holds nothing."""
+    if not isinstance(layer, tuple(LAYER_CLASSES.values())):
+        raise ValueError(
+            f"A {type(layer).__name__} cannot be one of several rows: start from an empty `DynamicCache`."
+        )
+    layer = copy.copy(layer)
+    layer.keys = layer.values = None  # which are another layer's, too, and not to be zeroed
+    layer.is_initialized = False
+    layer.reset()
+    layer.forget_past()
+    return layer
 
 
 def _layer_for(layer_type: str, layer, index: int, config: PreTrainedConfig):

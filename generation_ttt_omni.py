@@ -9,9 +9,12 @@ from transformers import AutoTokenizer, Cache, GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
 from transformers.utils.deprecation import deprecate_kwarg
 
-from .cache_ttt_omni import add_ttt_layers
+from .cache_ttt_omni import OwnedTensorsMixin, add_ttt_layers
 from .configuration_ttt_omni import audio_embedding_lengths
 from .streaming_ttt_omni import SpeechStream, TextStream, TTTOmniStreamEvent
+
+
+LOOKUP = "prompt_lookup_num_tokens"
 
 
 @dataclass
@@ -68,7 +71,8 @@ class TTTOmniGenerationMixin(GenerationMixin):
             What Transformers returns, or a [`TTTOmniGenerateOutput`].
 
         Raises:
-            ValueError: if speech is asked of a model that has no speech decoder, or another mode than text and audio.
+            ValueError: if speech is asked of a model that has no speech decoder, or another mode than text and audio;
+                for an `assistant_model`; for `prompt_lookup_num_tokens` with speech or a cache that holds something.
         """
         if generation_mode not in (None, *self.output_modalities):
             raise ValueError(f"`generation_mode` must be one of {self.output_modalities}, got {generation_mode!r}.")
@@ -79,6 +83,15 @@ class TTTOmniGenerationMixin(GenerationMixin):
         if kwargs.get("input_features") is not None:
             kwargs.update(self._embed_prompt(input_ids, **kwargs))
             kwargs = {key: value for key, value in kwargs.items() if not key.startswith("input_features")}
+        if kwargs.get("assistant_model") is not None:
+            raise ValueError("No other model may assist this one: use `prompt_lookup_num_tokens`.")
+        if self._looks_up(generation_config, kwargs):
+            if return_audio:
+                raise ValueError(
+                    "Assisted decoding makes several tokens at once, which cannot be spoken: ask for text."
+                )
+            if kwargs.get("cache") is not None and int(kwargs["cache"].get_seq_length()) > 0:
+                raise ValueError("Prompt-lookup decoding reads all of the prompt anew: pass an empty cache, or none.")
         if not return_audio:
             return super().generate(input_ids, generation_config, **kwargs)
 
@@ -205,6 +218,11 @@ class TTTOmniGenerationMixin(GenerationMixin):
         beams = beams[:, : states.shape[1]].to(states.device).clamp(min=0)
         return states[beams, torch.arange(beams.shape[1], device=states.device)]
 
+    def _looks_up(self, generation_config, kwargs) -> bool:
+        configs = (generation_config, self.generation_config)
+        lookups = [kwargs.get(LOOKUP), *(getattr(config, LOOKUP, None) for config in configs)]
+        return any(lookup is not None for lookup in lookups)
+
     def _eos_token_ids(self, generation_config, kwargs) -> set[int]:
         eos = kwargs.get("eos_token_id")
         for config in (generation_config, self.generation_config):
@@ -215,6 +233,9 @@ class TTTOmniGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         if model_kwargs.get("cache") is not None:  # before Transformers asks it for the number of its tokens
             add_ttt_layers(model_kwargs["cache"], self.config.get_text_config())
+            for layer in model_kwargs["cache"].layers:
+                if isinstance(layer, OwnedTensorsMixin):
+                    layer.forget_past()  # which an earlier prompt-lookup recorded
 
     def prepare_inputs_for_generation(
         self,

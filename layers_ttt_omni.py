@@ -64,6 +64,7 @@ def lay_out_tokens(
 ) -> TokenLayout:
     """
     Args:
+        past_length: of all rows, or `[B, 1]`.
         attention_mask: `[B, past_length + T]`, 0 for padding.
         position_ids: `[B, T]` or `[1, T]`; by default those of the tokens among the row's that are no padding.
         cu_seqlens: `[n + 1]`, bounds of packed sequences.
@@ -72,6 +73,8 @@ def lay_out_tokens(
     Raises:
         ValueError: if the mask is not that of these tokens and of all before.
     """
+    if isinstance(past_length, torch.Tensor):
+        past_length = past_length.to(device)
     mask, places = None, torch.arange(length, device=device).expand(batch_size, -1) + past_length
     if attention_mask is not None:
         past_length = int(past_length)
@@ -360,23 +363,41 @@ class TTTOmniTTT(nn.Module):
         q, k, v = self._project(hidden_states, state, token_mask, cu_seqlens)
         lr = self.lr_gate(hidden_states.to(self.lr_gate.bias.dtype))  # [B, T, H]
         lr = self.base_lr / self.head_dim * torch.sigmoid(lr.to(state.W1.dtype))
-        o, new_state = self.op(
-            q,
-            k,
-            v,
-            lr.transpose(1, 2),  # [B, H, T]
-            self.token_scale(),
-            *self.inner_norm(),
-            state,
-            attention_mask=token_mask,
-            cu_seqlens=cu_seqlens,
-            checkpoint_group_size=self.config.ttt_scan_checkpoint_group_size,
-            inplace=inplace,
-        )
+        token_scale, inner_norm = self.token_scale(), self.inner_norm()
+
+        def run(state, columns=slice(None)):
+            return self.op(
+                *(x[:, :, columns] for x in (q, k, v, lr)),
+                token_scale,
+                *inner_norm,
+                state,
+                attention_mask=None if token_mask is None else token_mask[:, columns],
+                cu_seqlens=cu_seqlens,
+                checkpoint_group_size=self.config.ttt_scan_checkpoint_group_size,
+                inplace=inplace,
+            )
+
+        lr, earlier = lr.transpose(1, 2), None  # [B, H, T]
+        cut = self._last_step(state, token_mask, input_shape) if getattr(cache_layer, "record_past", False) else None
+        if cut is None:
+            o, new_state = run(state)
+        else:  # so that `crop` can come back to the state before its last step
+            first, state = run(state, slice(cut))
+            earlier = state.clone(), input_shape[1] - cut
+            last, new_state = run(state, slice(cut, None))
+            o = torch.cat([first, last], dim=2)
         if cache_layer is not None:
-            cache_layer.update_ttt_state(new_state, token_mask, input_shape[1])
+            cache_layer.update_ttt_state(new_state, token_mask, input_shape[1], earlier)
         o = o.transpose(1, 2).reshape(*input_shape[:-1], -1)  # [B, T, H * D]
         return self.o_proj(self.post_norm(o))
+
+    def _last_step(self, state, token_mask, shape) -> int | None:
+        """The column of the token with which the state makes its last step, in one row of T tokens, if it does."""
+        if shape[0] > 1 or (token_mask is not None and not bool(token_mask.all())):
+            return None
+        size, position = self.config.ttt_mini_batch_size, int(state.position[0])
+        last = (position + shape[1]) // size * size - position - 1
+        return last if last >= 0 else None
 
     def _project(self, hidden_states, state, token_mask, cu_seqlens):
         """q, k and v of the inner loop, `[B, H, T, D]`."""

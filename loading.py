@@ -4,6 +4,7 @@
 import os
 
 import torch
+from transformers import BitsAndBytesConfig
 
 from .configuration_ttt_omni import TTTOmniConfig
 
@@ -24,6 +25,30 @@ def read_config(model: str | os.PathLike) -> TTTOmniConfig:
     if config.get("model_type") != TTTOmniConfig.model_type:
         raise ValueError(f"{model} is no TTT-Omni model but {config.get('model_type')!r}: see `ttt-omni convert`.")
     return TTTOmniConfig.from_dict(config)
+
+
+def quantization(scheme: str | None, model: str | os.PathLike, dtype: str = "auto") -> dict:
+    """
+    What `from_pretrained` is told so that a model is loaded with the weights of its projections as integers.
+
+    Args:
+        scheme: "int8", "int4" (NormalFloat, of 64 weights with one scale), or `None` for the weights as they are.
+        model: folder, or repository on the Hub.
+        dtype: to compute in; "auto" for that of the files.
+
+    Raises:
+        ValueError: for another scheme.
+    """
+    if scheme is None:
+        return {}
+    if scheme == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    if scheme != "int4":
+        raise ValueError(f"A model is quantised to int8 or int4, not {scheme!r}.")
+    if dtype == "auto":
+        dtype = read_config(model).dtype or torch.float32
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": config}
 
 
 def find_device(name: str = "auto") -> torch.device:

@@ -23,7 +23,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_ttt_omni import add_ttt_layers
+from .cache_ttt_omni import BatchedCache, add_ttt_layers
 from .configuration_ttt_omni import (
     SLIDING_LAYER_TYPES,
     TTTOmniConfig,
@@ -80,7 +80,6 @@ class TTTOmniPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _is_stateful = True  # a step of the TTT state is final, so assisted generation cannot roll it back
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -174,7 +173,9 @@ class TTTOmniDecoderStack(TTTOmniPreTrainedModel):
                     "Gradient checkpointing runs layers twice, which a cache cannot take back: pass none."
                 )
             add_ttt_layers(cache, self.config)
-            past_length = cache.get_seq_length()  # a tensor, if the cache is static
+            past_length = cache.get_seq_length()  # a tensor, if the cache is static, or its rows differ
+            if isinstance(cache, BatchedCache) and (attention_mask is not None or position_ids is not None):
+                raise ValueError("A `BatchedCache` knows the places of its rows: pass neither mask nor positions.")
         if isinstance(attention_mask, dict):
             attention_mask = attention_mask["full_attention"]
         padding = attention_mask
@@ -200,6 +201,8 @@ class TTTOmniDecoderStack(TTTOmniPreTrainedModel):
         if {"full_attention", "hybrid"} & set(self.config.layer_types):
             # A buffer of fixed length has places behind the last token, which no mask would leave visible.
             is_static = cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers)
+            if isinstance(cache, BatchedCache):
+                attention_mask = cache.attention_mask(length, hidden_states.device)
             causal_mask = create_causal_mask(
                 self.config,
                 hidden_states,

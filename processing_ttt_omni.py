@@ -91,6 +91,10 @@ natural language.<|eot_id|>' }}
 )
 
 
+def _messages(message: dict[str, Any] | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [message] if isinstance(message, dict) else message
+
+
 def _sampling_rate(kwargs: dict) -> int | None:
     rate = kwargs.get("sampling_rate")
     return kwargs.get("audio_kwargs", {}).get("sampling_rate") if rate is None else rate
@@ -244,7 +248,7 @@ class TTTOmniProcessor(ProcessorMixin):
 
     def turn_pieces(
         self,
-        message: dict[str, Any],
+        message: dict[str, Any] | list[dict[str, Any]],
         history: torch.LongTensor | None = None,
         skip_silence: bool = False,
         drop_audio_padding: bool | None = None,
@@ -256,7 +260,8 @@ class TTTOmniProcessor(ProcessorMixin):
         conversation so far and `message`, less `history`.
 
         Args:
-            message: the user's, as in `apply_chat_template`.
+            message: the user's, as in `apply_chat_template`; where the conversation begins, it may be a list of all
+                messages.
             history: `[1, T]`, the tokens of the conversation so far, which ends with an answer, with or without the
                 token that ends it; `None` where the conversation begins.
             skip_silence: whether to leave out windows in which nothing is louder than about -65 dBFS.
@@ -270,7 +275,8 @@ class TTTOmniProcessor(ProcessorMixin):
         Raises:
             FileNotFoundError, TypeError, ValueError: as `apply_chat_template`, once the audio's turn comes.
         """
-        items = [] if isinstance(message["content"], str) else message["content"]
+        contents = [message["content"] for message in _messages(message)]
+        items = [item for content in contents if not isinstance(content, str) for item in content]
         audios = [item for item in items if item["type"] == "audio"]
         token_ids = self.turn_ids(message, history)
         texts = [[]]  # token ids before, between and after the audios
@@ -289,9 +295,13 @@ class TTTOmniProcessor(ProcessorMixin):
                     if not skip_silence or window["input_features"].max() > SILENCE:
                         yield window
 
-    def turn_ids(self, message: dict[str, Any], history: torch.LongTensor | None = None) -> list[int]:
+    def turn_ids(
+        self, message: dict[str, Any] | list[dict[str, Any]], history: torch.LongTensor | None = None
+    ) -> list[int]:
         """The tokens of [`turn_pieces`], with one placeholder per audio, which is not read."""
-        token_ids = self._prompt_ids([message]) if history is None else self._continuation_ids(message)
+        if history is not None and not isinstance(message, dict):
+            raise ValueError("A conversation goes on with one message, not with a list.")
+        token_ids = self._prompt_ids(_messages(message)) if history is None else self._continuation_ids(message)
         if history is not None and history[0, -1] == token_ids[0]:
             token_ids = token_ids[1:]
         return token_ids

@@ -47,8 +47,11 @@ class UnitStream:
         """The units `[U]` that the next tokens' `hidden_states` `[T, hidden_size]` begin."""
         if hidden_states.shape[0] == 0:
             return self.last_frame[:0]
-        logits = self.speech_decoder(hidden_states.unsqueeze(0), cache=self.cache)
-        frames = logits[0].argmax(-1)  # [T * upsample_factor]
+        return self.collapse(self.speech_decoder(hidden_states.unsqueeze(0), cache=self.cache)[0])
+
+    def collapse(self, logits: torch.Tensor) -> torch.LongTensor:
+        """The units `[U]` that the next frames begin, whose `logits` `[F, units + 1]` the speech decoder made."""
+        frames = logits.argmax(-1)
         units = self.speech_decoder.collapse(frames, self.last_frame.to(frames.device))
         self.last_frame = frames[-1:]
         return units
@@ -82,7 +85,10 @@ class SpeechStream:
 
     def push(self, hidden_states: torch.Tensor) -> torch.FloatTensor:
         """The next samples, possibly none, after the next tokens' `hidden_states` `[T, hidden_size]`."""
-        units = self.unit_stream.push(hidden_states)
+        return self.push_units(self.unit_stream.push(hidden_states))
+
+    def push_units(self, units: torch.LongTensor) -> torch.FloatTensor:
+        """The next samples, possibly none, after the next `units` `[U]`."""
         self.waiting = torch.cat([self.waiting.to(units.device), units])
         if len(self.waiting) < self.size_to_wait_for:
             return torch.empty(0, device=self.waiting.device)

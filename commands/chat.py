@@ -15,7 +15,8 @@ import torch
 from tqdm import tqdm
 
 from ..configuration_ttt_omni import TTTOmniConfig
-from ..loading import find_device, read_config
+from ..conversation_file import ConversationFile, RecordedPieces, UnfinishedCommand, UnfinishedTurn, locked
+from ..loading import find_device, quantization, read_config
 from ..memory_ttt_omni import TTTOmniMemory, skip_pieces
 from ..modeling_ttt_omni import TTTOmniForCausalLM
 from ..processing_ttt_omni import TTTOmniProcessor
@@ -30,7 +31,6 @@ from .audio_io import (
     record_questions,
     repeatable,
 )
-from .conversation_file import ConversationFile, RecordedPieces, UnfinishedCommand, UnfinishedTurn, locked
 from .terminal import progress
 from .voice import VOICE_RATE, program_words, with_voice
 
@@ -51,6 +51,7 @@ def answer_question(
     memory: str | None = None,
     skip_silence: bool = False,
     voice_command: str | None = None,
+    quantize: str | None = None,
 ) -> None:
     """
     Prints the answer to the recording `question` as it comes, and writes it as speech to the file `output`.
@@ -66,6 +67,7 @@ def answer_question(
             the same command goes on where it was interrupted; another question goes on from the last completed turn.
         skip_silence: whether to leave out windows of 30 s in which nothing is to be heard.
         voice_command: of a text-to-speech program that speaks for a model which does not, as [`run_program`] takes it.
+        quantize: "int8" or "int4", to take less memory.
 
     Raises:
         ValueError, OSError: a recording that cannot be read, a model that cannot be loaded or does not do what is
@@ -84,7 +86,7 @@ def answer_question(
         config = _check_model(model, max_new_tokens)
         _require_hearing(config, model)
         voice = Voice(config, model, voice_command, is_asked=play or output is not None)
-        conversation = Conversation(model, device, dtype, memory, skip_silence)
+        conversation = Conversation(model, device, dtype, memory, skip_silence, quantize)
         conversation.hear(recording)
         player = stack.enter_context(open_player(sounddevice, voice.sampling_rate))
         path = None if output is None else Path(output)
@@ -103,6 +105,7 @@ def chat(
     memory: str | None = None,
     skip_silence: bool = False,
     voice_command: str | None = None,
+    quantize: str | None = None,
 ) -> None:
     """
     Answers one recording after the other, each with all before in mind.
@@ -112,7 +115,7 @@ def chat(
         output: folder for the answers, `answer-1.wav` and so on.
         memory: file of the conversation, which is saved there after each turn, and goes on if there is one. The same
             command goes on where it was interrupted, without the questions that it has answered.
-        model, max_new_tokens, device, dtype, play, skip_silence, voice_command: as in [`answer_question`].
+        model, max_new_tokens, device, dtype, play, skip_silence, voice_command, quantize: as in [`answer_question`].
 
     Raises:
         ValueError, OSError: as [`answer_question`], or without questions where there is no microphone.
@@ -131,7 +134,7 @@ def chat(
             Path(output).mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(Path(output) / "answers"))
         stack.enter_context(_locked_memory(memory))
-        conversation = Conversation(model, device, dtype, memory, skip_silence)
+        conversation = Conversation(model, device, dtype, memory, skip_silence, quantize)
         answered = conversation.skip_answered(recordings) if questions else 0
         player = stack.enter_context(open_player(sounddevice, voice.sampling_rate))
         for number, recording in enumerate(recordings, start=1):
@@ -151,7 +154,7 @@ class Conversation:
     Args:
         model: folder, or repository on the Hub.
         memory: file from which the conversation goes on, and where it is saved.
-        device, dtype, skip_silence: as in [`answer_question`].
+        device, dtype, skip_silence, quantize: as in [`answer_question`].
     """
 
     def __init__(
@@ -161,12 +164,15 @@ class Conversation:
         dtype: str,
         memory: str | None,
         skip_silence: bool,
+        quantize: str | None = None,
     ):
         device = find_device(device)
         _return_freed_memory()
         progress(f"Loading {model}")
         self.processor = TTTOmniProcessor.from_pretrained(model)
-        self.model = TTTOmniForCausalLM.from_pretrained(model, dtype=dtype, device_map=device)
+        self.model = TTTOmniForCausalLM.from_pretrained(
+            model, dtype=dtype, device_map=device, **quantization(quantize, model, dtype)
+        )
         self.skip_silence = skip_silence
         self.file = None if memory is None else ConversationFile(memory)
         self.memory: TTTOmniMemory | None = None

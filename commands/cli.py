@@ -16,6 +16,7 @@ from .terminal import forgiving_terminal
 
 MODES = ("hybrid", "replace")
 DTYPES = ("float32", "bfloat16", "float16")
+SCHEMES = ("int8", "int4")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_answer(commands)
     _add_chat(commands)
+    _add_serve(commands)
     return parser
 
 
@@ -293,6 +295,41 @@ def _add_chat(commands) -> None:
     _add_conversation_arguments(chat, "saved after each turn, and goes on if there is one")
 
 
+def _serve(**arguments) -> None:
+    try:
+        server = import_module("..serving.server", __package__)
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "pydantic", "starlette", "uvicorn"):
+            raise
+        raise ImportError("Serving needs FastAPI and uvicorn: pip install 'ttt-omni[serve]'.") from error
+    server.serve(**arguments)
+
+
+def _add_serve(commands) -> None:
+    serve = _add_command(
+        commands,
+        "serve",
+        _serve,
+        "Speak with a model in the browser, or by OpenAI's protocols",
+        "--model ttt-omni-8b --memory sessions",
+    )
+    serve.add_argument("--model", required=True, metavar="DIR_OR_REPO", help="folder, or repository on the Hub")
+    serve.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this machine alone)")
+    serve.add_argument("--port", type=int, default=8000, metavar="N", help="default: 8000")
+    serve.add_argument(
+        "--memory", metavar="DIR", help="folder of the conversations, which go on after a restart (default: none do)"
+    )
+    serve.add_argument(
+        "--api-key", action="append", metavar="KEY", help="one that is let in; may be given several times"
+    )
+    serve.add_argument("--upload-mb", type=float, default=100, metavar="N", help="of a request (default: 100)")
+    serve.add_argument("--audio-minutes", type=float, default=60, metavar="N", help="of a recording (default: 60)")
+    serve.add_argument("--sessions", type=int, default=16, metavar="N", help="open at the same time (default: 16)")
+    serve.add_argument("--idle-minutes", type=float, default=15, metavar="N", help="until one is closed (default: 15)")
+    serve.add_argument("--new-tokens", type=int, default=1024, metavar="N", help="of an answer (default: 1024)")
+    _add_loading_arguments(serve)
+
+
 def _add_conversation_arguments(parser: argparse.ArgumentParser, memory: str) -> None:
     parser.add_argument("--play", action="store_true", help="play the answer on the sound device")
     parser.add_argument(
@@ -304,8 +341,15 @@ def _add_conversation_arguments(parser: argparse.ArgumentParser, memory: str) ->
     parser.add_argument("--memory", metavar="FILE", help=f"the conversation, which is {memory}")
     parser.add_argument("--skip-silence", action="store_true", help="leave out silent windows of 30 s")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)")
+    _add_loading_arguments(parser)
+
+
+def _add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: an accelerator if there is one)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: that of the files")
+    parser.add_argument(
+        "--quantize", choices=SCHEMES, help="weights as integers, for less memory (needs bitsandbytes; default: not)"
+    )
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from ttt_omni import TTTOmniConfig
 from ttt_omni.commands import chat
 from ttt_omni.commands.cli import main
-from ttt_omni.commands.conversation_file import locked
 from ttt_omni.commands.voice import with_voice
+from ttt_omni.conversation_file import locked
 from ttt_omni.conversion import convert_llama_omni
 from ttt_omni.memory_ttt_omni import memory_metadata
 from ttt_omni.streaming_ttt_omni import TTTOmniStreamEvent

@@ -268,6 +268,45 @@ def test_cropping(models):
         cache.crop(-4)  # 15 tokens, mini-batches of 6
 
 
+@ALL_LAYERS
+@torch.no_grad()
+def test_cropping_of_a_recorded_past(models, layers):
+    """Past the start of the mini-batch, and of the window: what is left is as if the rest had never come."""
+    model = models(layers)
+    tokens, following = random_rows(3, [40, 7])
+    for length, chunk, columns in [(14, 5, 4), (14, 7, 6), (12, 6, 0), (25, 7, 3)]:  # of mini-batches of 6
+        cache, expected = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        model(tokens[None, :length], cache=cache)
+        cache.activate_past_recording()
+        assert cache.is_croppable
+        model(tokens[None, length : length + chunk], cache=cache)
+        cache.crop(-columns)
+        model(tokens[None, : length + chunk - columns], cache=expected)
+        assert cache.get_seq_length() == expected.get_seq_length()
+        logits = [model(following[None], cache=one).logits for one in (cache, expected)]
+        torch.testing.assert_close(*logits, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("layers", ["hybrid", "windowed", "mixed"])
+@torch.no_grad()
+def test_prompt_lookup_decoding_is_greedy(models, layers):
+    """Tokens that the prompt suggests are taken back where the model says others, from cache and state, too."""
+    model = models(layers)
+    (phrase,) = random_rows(4, [9])
+    prompt = torch.cat([phrase, phrase, phrase[:4]])[None]
+    options = {"max_new_tokens": 20, "do_sample": False}
+    caches, sequences = [DynamicCache(config=model.config) for _ in range(2)], []
+    for cache, lookup in zip(caches, (None, 4)):
+        sequences.append(model.generate(prompt, cache=cache, prompt_lookup_num_tokens=lookup, **options))
+    assert torch.equal(*sequences)
+    logits = [model(phrase[None], cache=cache).logits for cache in caches]
+    torch.testing.assert_close(*logits, rtol=1e-7, atol=1e-7)
+    with pytest.raises(ValueError, match="cannot be spoken"):
+        model.generate(prompt, prompt_lookup_num_tokens=4, return_audio=True)
+    with pytest.raises(ValueError, match="pass an empty cache"):
+        model.generate(prompt, prompt_lookup_num_tokens=4, cache=caches[1])
+
+
 @torch.no_grad()
 def test_cropping_stops_at_padding(models):
     """The last columns of a right-padded batch are not the same tokens in all rows."""
@@ -441,8 +480,8 @@ def test_sampling_and_plain_generation(models):
     assert len({tuple(row) for row in sampled.tolist()}) > 1
 
 
-def test_assisted_generation_is_refused(models):
-    with pytest.raises(ValueError, match="stateful"):
+def test_another_model_may_not_assist(models):
+    with pytest.raises(ValueError, match="No other model may assist"):
         models("hybrid").generate(random_rows(0, [5])[0][None], assistant_model=models("hybrid"), max_new_tokens=3)
 
 

@@ -120,11 +120,13 @@ def test_the_wheel(tmp_path):
         "ttt_omni/__init__.py",
         "ttt_omni/__main__.py",
         "ttt_omni/checkpoint.py",
+        "ttt_omni/conversation_file.py",
         "ttt_omni/loading.py",
         "ttt_omni/model_card.md",
         "ttt_omni/registration.py",
         *(f"ttt_omni/{name}" for name in FLAT_FILES),
     }
+    assert {"ttt_omni/serving/engine.py", "ttt_omni/serving/page.html"} <= set(names)
     assert {"ttt_omni/commands/cli.py", "ttt_omni/training/__init__.py", "ttt_kernels/__init__.py"} <= set(names)
     recipes = {f"ttt_omni/examples/{path.parent.name}/{path.name}" for path in ROOT.glob("examples/[sd]*/*.yaml")}
     assert len(recipes) == 6 and {name for name in names if "/examples/" in name} == recipes
@@ -141,7 +143,8 @@ def test_the_lock_is_within_the_ranges():
     """And holds nothing but versions, which any machine's pip can take."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    requirements = project["dependencies"] + extras["gguf"] + extras["kernels"] + extras["train"] + extras["test"]
+    names = ("gguf", "kernels", "quantize", "serve", "train", "test")
+    requirements = project["dependencies"] + [requirement for name in names for requirement in extras[name]]
     lock = read_lock()
     for requirement in map(Requirement, requirements):
         if requirement.name != project["name"]:

@@ -3,6 +3,7 @@
 
 import copy
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +14,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM, ttt_lora_config
+from ttt_omni.commands.cli import main
+from ttt_omni.loading import quantization
 from ttt_omni.training import make_parent
 
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of each cast
 
+ROOT = Path(__file__).parent.parent
 BITS = {
     "8 bit": {"load_in_8bit": True},
     "4 bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
@@ -243,3 +247,25 @@ def test_parent_of_a_quantised_graft(folder, tmp_path, bits):
         projections = [m.model.language_model.layers[index].self_attn.q_proj for m in (parent, student)]
         assert projections[0].weight is projections[1].weight
     assert parent(INPUT_IDS).logits.isfinite().all()
+
+
+def test_quantize_of_the_commands(tiny_model_dir, folder, tmp_path, monkeypatch):
+    """Of what is loaded for `answer`, `chat` and `serve`; the tiny model's widths are too small for 4 bit."""
+    assert quantization(None, folder) == {}
+    with pytest.raises(ValueError, match="int8 or int4, not 'int3'"):
+        quantization("int3", folder)
+    four_bit = TTTOmniForCausalLM.from_pretrained(folder, **quantization("int4", folder))
+    assert kept(four_bit) == KEPT and torch.uint8 in {x.dtype for x in four_bit.parameters()}
+    models, load = [], TTTOmniForCausalLM.from_pretrained
+
+    def remember(*args, **kwargs):
+        models.append(load(*args, **kwargs))
+        return models[-1]
+
+    monkeypatch.setattr(TTTOmniForCausalLM, "from_pretrained", remember)
+    question, answer = str(ROOT / "examples" / "question.wav"), tmp_path / "answer.wav"
+    arguments = [f"--output={answer}", "--max-new-tokens=3"]
+    main(["answer", f"--model={tiny_model_dir}", question, "--quantize=int8", *arguments])
+    layer = models[0].model.language_model.layers[3]
+    assert layer.mlp.up_proj.weight.dtype == torch.int8 and layer.ttt.inner_model.W1.dtype == torch.float32
+    assert answer.exists()

@@ -9,6 +9,8 @@ import pytest
 import soundfile
 import torch
 
+from serving import running
+from ttt_omni import TTTOmniForCausalLM, TTTOmniProcessor
 from ttt_omni.commands.cli import _parser, main
 from ttt_omni.training import distill_stage, stages
 
@@ -27,10 +29,14 @@ def after_demo(tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_python(after_demo, capsys):
+def test_python(after_demo, capsys, tmp_path):
     names = {}
-    for block in code_blocks(ROOT / "README.md", "python"):
-        exec(compile(block, "README.md", "exec"), names)
+    model = TTTOmniForCausalLM.from_pretrained("demo").eval()
+    (tmp_path / "sessions").mkdir()
+    with running(model, TTTOmniProcessor.from_pretrained("demo"), tmp_path / "sessions", name="demo") as (address, _):
+        for block in code_blocks(ROOT / "README.md", "python"):
+            exec(compile(block.replace("127.0.0.1:8000", address), "README.md", "exec"), names)
+    assert names["answer"].choices[0].message.audio.data
     assert Path("converted/model.safetensors").exists()
     assert len(names["out"].waveform[0]) > 0 and len(names["play"]) > 0
     first, second = names["first"], names["second"]

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 ROOMS = [
     ["__main__", "__init__"],
     ["commands"],
-    ["training", "conversion"],
-    ["checkpoint", "registration", "loading"],
+    ["training", "conversion", "serving"],
+    ["checkpoint", "registration", "loading", "conversation_file"],
     ["modeling_ttt_omni"],
     ["generation_ttt_omni"],
     ["processing_ttt_omni", "memory_ttt_omni"],
@@ -68,7 +68,7 @@ def test_importing_the_package_loads_the_model_alone():
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     rooms = {name.split(".")[1] for name in loaded.split()}
     assert "modeling_ttt_omni" in rooms
-    assert not rooms & {"commands", "training", "conversion", "checkpoint", "loading", "parallel_ttt_omni"}
+    assert not rooms & {"commands", "training", "conversion", "serving", "checkpoint", "loading", "parallel_ttt_omni"}
 
 
 if __name__ == "__main__":

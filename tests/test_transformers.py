@@ -31,6 +31,9 @@ ROOT = Path(ttt_omni.__file__).parent
 TAKEN = {
     "transformers.activations.ACT2FN": None,
     "transformers.audio_utils.load_audio": "audio, sampling_rate",
+    "transformers.Cache.activate_past_recording": "",
+    "transformers.Cache.get_query_offset": "layer_idx",
+    "transformers.Cache.get_seq_length": "layer_idx",
     "transformers.cache_utils.DynamicLayer": "",
     "transformers.cache_utils.DynamicLayer.lazy_initialization": "key_states, value_states",
     "transformers.cache_utils.DynamicLayer.crop": "tokens_to_remove",

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ..memory_ttt_omni import TTTOmniMemory, memory_metadata
-from ..modeling_ttt_omni import TTTOmniForCausalLM
+from .memory_ttt_omni import TTTOmniMemory, memory_metadata
+from .modeling_ttt_omni import TTTOmniForCausalLM
 
 
 try:
