@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse
 
 from ttt_omni import TTTOmniForCausalLM, TTTOmniProcessor
 from ttt_omni.serving.audio import decode, encode
+from ttt_omni.serving.chat import with_instruction
 from ttt_omni.serving.errors import APIError
 from ttt_omni.serving.server import Limits, Server
 from ttt_omni.serving.sessions import owner_of
@@ -55,7 +56,7 @@ class Talker:
                 if "audio" in turn:
                     audio = decode(base64.b64decode(turn["audio"]), "wav", server.limits.audio_seconds, "audio")
                     content.append({"type": "audio", "audio": audio, "sampling_rate": 16000})
-                    content.append({"type": "text", "text": server.processor.speech_instruction})
+                content = with_instruction(content, server.processor.speech_instruction)
                 options, speaks = {"max_new_tokens": server.limits.new_tokens}, server.model.config.speaks
                 message = {"role": "user", "content": content}
                 async with server.answer(message, session.memory, speaks, options, None) as stream:
