@@ -20,7 +20,7 @@ from ..checkpoint import (
 from ..configuration_ttt_omni import TTTOmniConfig, TTTOmniSpeechDecoderConfig, TTTOmniVocoderConfig
 from ..files_ttt_omni import new_folder
 from .gguf import as_folder
-from .llama_omni import DTYPES, SPEECH_WINDOW_TOKENS, Conversion, plan_conversion
+from .llama_omni import DTYPES, Conversion, plan_conversion
 
 
 PARTS = Path(__file__).parent.parent / "smol"
@@ -91,9 +91,6 @@ def _plan(source: Path, whisper, parts: Path, attention_window: int | None, dtyp
         attention_window=attention_window,
         dtype=dtype,
     )
-    if attention_window is not None:
-        window = SPEECH_WINDOW_TOKENS * speech.upsample_factor
-        speech = TTTOmniSpeechDecoderConfig(**speech.to_dict() | {"sliding_window": window})
     config = TTTOmniConfig(
         **conversion.config.to_dict()
         | {"speech_decoder_config": speech, "vocoder_config": vocoder}

@@ -18,6 +18,7 @@ from ttt_omni.conversion.smol import PARTS, make_smol
 
 
 QUESTION = Path(__file__).parent.parent / "examples" / "question.wav"
+RECIPE = Path(__file__).parent.parent / "recipes" / "smol"
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def loaded(smol):
     return AutoModelForCausalLM.from_pretrained(smol), AutoProcessor.from_pretrained(smol)
 
 
-def ask(model, processor, content, **kwargs):
+def ask(model, processor, content):
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -45,9 +46,7 @@ def ask(model, processor, content, **kwargs):
         return_dict=True,
         return_tensors="pt",
     )
-    out = model.generate(
-        **inputs, max_new_tokens=40, do_sample=False, return_audio=True, return_dict_in_generate=True, **kwargs
-    )
+    out = model.generate(**inputs, max_new_tokens=40, do_sample=False, return_audio=True, return_dict_in_generate=True)
     return processor.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True), inputs, out
 
 
@@ -117,3 +116,40 @@ def test_truncated_parts_are_refused(tmp_path):
     with pytest.raises(ConversionError, match="model.safetensors"):
         make_smol(tmp_path / "smol", parts=parts)
     assert not (tmp_path / "smol").exists()
+
+
+# A stage of the recipe on noise: it kills itself in the given step, and leaves its parameters where it ends.
+STAGE = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from loop import train
+
+state, killed_at = Path(sys.argv[1]), int(sys.argv[2])
+torch.manual_seed(0)
+module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
+steps = iter(range(1000))
+
+def loss_of(draw):
+    if next(steps) == killed_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rows = torch.tensor([[draw.gauss(0, 1) for _ in range(4)] for _ in range(8)])
+    return module(rows).float().square().mean()
+
+train(state, module, loss_of, steps=250, lr=1e-2, evaluate=lambda: {"is_training": module.training})
+torch.save(module.state_dict(), state.with_suffix(".end"))
+"""
+
+
+def test_killed_stage_goes_on_to_the_same_end(tmp_path):
+    def train(state: Path, killed_at: int) -> int:
+        command = [sys.executable, "-c", STAGE, state, str(killed_at)]
+        return subprocess.run(command, cwd=RECIPE, capture_output=True).returncode
+
+    whole, killed = tmp_path / "whole.pt", tmp_path / "killed.pt"
+    assert train(whole, -1) == 0
+    assert [train(killed, step) for step in (150, 120, -1)] == [-9, -9, 0]  # in steps 150 and 220
+    expected, found = (torch.load(path.with_suffix(".end")) for path in (whole, killed))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    last = json.loads(killed.with_suffix(".jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 250 and not last["is_training"]

@@ -72,7 +72,6 @@ def main() -> None:
         return torch.nn.functional.cross_entropy(logits, labels[:, 1:][is_target])
 
     def evaluate() -> dict:
-        model.eval()
         said = complete(
             model,
             tokenizer,
@@ -80,7 +79,6 @@ def main() -> None:
             max_new_tokens=24,
             do_sample=False,
         )
-        model.train()
         right = sum(record["word"].lower() in text.lower() for record, text in zip(judged, said))
         return {"right": right / max(len(judged), 1), "said": said[:5]}
 

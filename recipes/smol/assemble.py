@@ -26,14 +26,14 @@ def main() -> None:
     arguments = parser.parse_args()
     work = arguments.work
     projector = torch.load(work / "projector.pt", weights_only=True)
-    tensors = tensor_names(load_file(work / "adapter/adapter_model.safetensors"))
+    tensors = tensor_names(load_file(work / "understood/adapter_model.safetensors"))
     for prefix, part in (
         ("model.multi_modal_projector.", projector),
         ("speech_decoder.", load_file(work / "speak.safetensors")),
         ("vocoder.", load_file(work / "vocoder.safetensors")),
     ):
         tensors |= {f"{prefix}{name}": tensor for name, tensor in part.items()}
-    adapter = json.loads((work / "adapter/adapter_config.json").read_text())
+    adapter = json.loads((work / "understood/adapter_config.json").read_text())
     config = {
         "system_prompt": SYSTEM_PROMPT,
         "lora_scale": adapter["lora_alpha"] / adapter["r"],

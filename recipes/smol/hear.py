@@ -25,6 +25,7 @@ from ttt_omni.modeling_ttt_omni import TTTOmniMultiModalProjector
 
 
 BATCH_SIZE = 48
+DROPOUT = 0.1
 
 
 class Features:
@@ -59,7 +60,7 @@ class Normalized(nn.Module):
         self.register_buffer("std", std)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        states = (states.float() - self.mean) / self.std
+        states = nn.functional.dropout((states.float() - self.mean) / self.std, DROPOUT, self.training)
         return self.projector.linear_2(self.projector.act(self.projector.linear_1(states)))
 
     @torch.no_grad()

@@ -43,6 +43,7 @@ def train(
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=steps + 1, pct_start=min(0.1, 300 / steps)
     )
+    modules.train()
     begun = 0
     if state.exists():
         saved = torch.load(state, weights_only=True)
@@ -69,8 +70,10 @@ def train(
             entry = {"step": step + 1, "loss": sum(losses) / len(losses), "seconds": time.monotonic() - since}
             losses = []
             if evaluate is not None and (is_last or (step + 1) % evaluate_every == 0):
+                modules.eval()
                 with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                     entry |= evaluate()
+                modules.train()
             progress.set_postfix_str(f"loss {entry['loss']:.3f}")
             with open(log, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")

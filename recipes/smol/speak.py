@@ -108,12 +108,10 @@ def main() -> None:
         return decoder.ctc_loss(rows, is_answer, labels)
 
     def evaluate() -> dict:
-        decoder.eval()
         wrong = total = 0
         for _, row, units in held_out:
             said = decoder.collapse(decoder(row[None].float())[0].argmax(-1)).tolist()
             wrong, total = wrong + edit_distance(said, units.tolist()), total + len(units)
-        decoder.train()
         return {"unit_error_rate": wrong / max(total, 1)}
 
     train(arguments.folder / "speak.pt", decoder, loss_of, steps=arguments.steps, lr=arguments.lr, evaluate=evaluate)

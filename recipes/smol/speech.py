@@ -2,7 +2,7 @@
 """
 Has the texts of the corpus spoken: answers in one voice, questions in many.
 
-    python speech.py texts.jsonl corpus --readings 2 --answers 4000
+    python speech.py texts.jsonl corpus --readings 2 --answers 10000
 
 The folder gets two manifests such as `ttt-omni finetune` takes: `answers.jsonl` of typed questions and spoken answers,
 and `questions.jsonl` of spoken questions, whose other recordings are in `"readings"`; and the recordings, FLAC, beside
@@ -31,8 +31,8 @@ from ttt_omni.training.data import SPEECH_TOKEN
 
 # Shares of the readings of a question; Kokoro is as slow as it is good, so that the questions with one right answer,
 # which are asked the most, have more of it.
-KINDS = {"flite": 0.35, "espeak": 0.2, "joe": 0.37, "kokoro": 0.08}
-KOKORO_OF_OTHERS = 0.02
+KINDS = {"flite": 0.35, "espeak": 0.2, "joe": 0.32, "kokoro": 0.15}
+KOKORO_OF_OTHERS = 0.03
 # Which makes the answers as much alike as the voice can, so that there is less to learn.
 ANSWER_NOISE = {"noise": 0.2, "duration_noise": 0.0}
 
@@ -78,12 +78,22 @@ def speak_answer(record: dict, folder: Path) -> dict:
     return record | {"conversations": [question, answer | {"speech": f"{name}.flac"}]}
 
 
+def asked(record: dict) -> dict:
+    """A conversation in which the question of `record` is what the assistant says: more words for it to say."""
+    turns = record["conversations"]
+    return {
+        "id": f"{record['id']}-asked",
+        "split": record["split"],
+        "conversations": [turns[0] | {"value": "Ask me something."}, turns[1] | {"value": turns[0]["value"]}],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--readings", type=int, default=2, help="of a question with one right answer (default: 2)")
-    parser.add_argument("--answers", type=int, default=4000, help="answers to be spoken (default: 4000)")
+    parser.add_argument("--answers", type=int, default=10_000, help="at most so many are spoken (default: 10000)")
     parser.add_argument("--held-out", type=int, default=200, help="held-out questions to be spoken (default: 200)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one per core")
     arguments = parser.parse_args()
@@ -92,8 +102,10 @@ def main() -> None:
     records = read_corpus(arguments.texts)
     held_out = [record for record in records if record["split"] == "held_out"][: arguments.held_out]
     records = held_out + [record for record in records if record["split"] == "train"]
+    answers = records + [asked(record) for record in records if "word" not in record]
+    answers = list({record["conversations"][1]["value"]: record for record in answers}.values())
     stages = (
-        ("answers.jsonl", records[: arguments.answers], partial(speak_answer, folder=folder)),
+        ("answers.jsonl", answers[: arguments.answers], partial(speak_answer, folder=folder)),
         ("questions.jsonl", records, partial(read_question, folder=folder, count=arguments.readings)),
     )
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:

@@ -1,10 +1,11 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 """
-Teaches the projector to be understood: asked aloud, the language model is to say what it says when the same is typed.
+Teaches to understand: asked aloud, the language model is to say what it says when the same is typed.
 
-    python understand.py graft work/adapted corpus features work
+    python understand.py smollm2 work/adapted graft corpus features work
 
-The language model stays as it is; its own predictions are the targets, so that there is nothing else to learn.
+The projector learns, and the adapter goes on learning. The targets are the predictions and the last hidden states of
+the language model as `adapt.py` left it, so that it says what it said, and the speech decoder reads what it read.
 """
 
 import argparse
@@ -16,17 +17,19 @@ import torch
 from adapt import draw_batch
 from hear import Features, Normalized, Speller, ctc_loss
 from loop import pad, run, train
+from peft import PeftModel
 from texts import SYSTEM_PROMPT
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from ttt_omni import TTTOmniConfig
-from ttt_omni.files_ttt_omni import new_file
+from ttt_omni.files_ttt_omni import new_file, new_folder
 from ttt_omni.modeling_ttt_omni import TTTOmniMultiModalProjector
 
 
 BATCH_SIZE = 16
 SPELLING = 0.1  # weight of CTC beside it, so that what is heard goes on to be spelt
+TYPED = 0.1  # share of the questions
 HEARD = "\x00"  # where a question stands
 
 
@@ -41,73 +44,113 @@ def around(tokenizer) -> list[list[int]]:
     return [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, between, after)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of the model of ours that is to hear")
-    parser.add_argument("adapted", help="folder of its language model, as `adapt.py` left it")
-    parser.add_argument("corpus", type=Path)
-    parser.add_argument("features", type=Path)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=340)
-    parser.add_argument("--lr", type=float, default=7e-4)
-    arguments = parser.parse_args()
-    config = TTTOmniConfig.from_pretrained(arguments.model)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.adapted)
-    model = AutoModelForCausalLM.from_pretrained(arguments.adapted, dtype=torch.bfloat16, attn_implementation="eager")
-    model.requires_grad_(False)
-    embed = model.get_input_embeddings()
-    features = Features(arguments.corpus, arguments.features)
-    heard = torch.load(arguments.folder / "heard.pt", weights_only=True)
-    ear = Normalized(TTTOmniMultiModalProjector(config), heard["ear"]["mean"], heard["ear"]["std"])
-    ear.load_state_dict(heard["ear"])
-    speller = Speller(embed.weight[heard["tokens"]])
-    speller.load_state_dict(heard["speller"])
-    number = {token: index + 1 for index, token in enumerate(heard["tokens"])}
-    before, between, after = around(tokenizer)
-    with torch.no_grad():  # what all conversations begin with
-        beginning = model.model(torch.tensor([before]), use_cache=True).cache
+class Conversations:
+    """Conversations about questions of the corpus, as embeddings, and what a language model says in them."""
 
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    def __init__(self, tokenizer, embed: nn.Embedding, features: Features):
+        self.tokenizer, self.embed, self.features = tokenizer, embed, features
+        self.before, self.between, self.after = around(tokenizer)
 
-    def conversation(chosen: list[int], questions: list) -> tuple[torch.Tensor, torch.Tensor]:
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def typed(self, index: int) -> torch.Tensor:
+        """The embeddings `[n, hidden]` of a question."""
+        return self.embed(torch.tensor(self.ids(self.features.text(index))))
+
+    def lay_out(self, turns: list[int], questions: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings `[T, hidden]` behind the beginning, and where `[T]` an answer is predicted."""
         parts, is_predicted = [], []
-        for turn, (index, question) in enumerate(zip(chosen, questions)):
-            answer = ids(features.records[index]["conversations"][1]["value"]) + [tokenizer.eos_token_id]
-            question = embed(torch.tensor(question)) if isinstance(question, list) else question
-            parts += [*([embed(torch.tensor(after))] if turn else []), question, embed(torch.tensor(between + answer))]
+        for turn, (index, question) in enumerate(zip(turns, questions)):
+            answer = self.ids(self.features.records[index]["conversations"][1]["value"]) + [
+                self.tokenizer.eos_token_id
+            ]
+            parts += [self.embed(torch.tensor(self.after))] if turn else []
+            parts += [question, self.embed(torch.tensor(self.between + answer))]
             asked = sum(map(len, parts)) - len(answer) - len(is_predicted)
             is_predicted += [False] * (asked - 1) + [True] * len(answer) + [False]
         return torch.cat(parts), torch.tensor(is_predicted)
 
-    def predictions(batch: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    def answers(self, model, beginning: DynamicCache, batch: list[list[int]], questions: list) -> list[torch.Tensor]:
+        """The last hidden states `[n, hidden]` that predict the answers, of each conversation of `batch`."""
+        laid_out = [self.lay_out(*pair) for pair in zip(batch, questions)]
         cache = DynamicCache(config=model.config)
         for index, layer in enumerate(beginning.layers):
             cache.update(*(x.expand(len(batch), -1, -1, -1) for x in (layer.keys, layer.values)), index)
-        embeddings = pad(parts for parts, _ in batch)
+        embeddings = pad(parts for parts, _ in laid_out)
         states = model.model(inputs_embeds=embeddings, cache=cache, use_cache=True).last_hidden_state
-        states = states[pad((where for _, where in batch), False)]
-        return model.lm_head(states).float().log_softmax(-1)
+        return [row[: len(where)][where] for row, (_, where) in zip(states, laid_out)]
 
-    def loss_on(batch: list[list[int]], listen, spelling: float = 0.0) -> torch.Tensor:
-        with torch.no_grad():
-            typed = predictions([conversation(turns, [ids(features.text(i)) for i in turns]) for turns in batch])
-        spoken = [[listen(index) for index in turns] for turns in batch]
-        sizes = [len(states) for turns in spoken for states in turns]
-        embedded = ear(torch.cat([states.float() for turns in spoken for states in turns])).split(sizes)
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", help="folder of the language model that the adapter belongs to")
+    parser.add_argument("adapted", help="folder of the language model as `adapt.py` left it, beside its adapter")
+    parser.add_argument("model", help="folder of the model of ours that is to hear")
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("features", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    arguments = parser.parse_args()
+    config = TTTOmniConfig.from_pretrained(arguments.model)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.adapted)
+    load = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.bfloat16, attn_implementation="eager")
+    teacher = load(arguments.adapted).requires_grad_(False)
+    adapter = arguments.folder / "adapter"
+    student = PeftModel.from_pretrained(load(arguments.base), adapter, is_trainable=True)
+    listening = student.get_base_model()
+    features = Features(arguments.corpus, arguments.features)
+    conversations = Conversations(tokenizer, teacher.get_input_embeddings(), features)
+    heard = torch.load(arguments.folder / "heard.pt", weights_only=True)
+    ear = Normalized(TTTOmniMultiModalProjector(config), heard["ear"]["mean"], heard["ear"]["std"])
+    ear.load_state_dict(heard["ear"])
+    speller = Speller(conversations.embed.weight[heard["tokens"]])
+    speller.load_state_dict(heard["speller"])
+    number = {token: index + 1 for index, token in enumerate(heard["tokens"])}
+    beginning_ids = torch.tensor([conversations.before])
+    with torch.no_grad():
+        taught = teacher.model(beginning_ids, use_cache=True).cache
+    known = {}  # what the teacher says to a question, as long as it is the first
+
+    @torch.no_grad()
+    def targets_of(batch: list[list[int]]) -> torch.Tensor:
+        unknown = [turns for turns in batch if tuple(turns) not in known]
+        if unknown:
+            questions = [[conversations.typed(index) for index in turns] for turns in unknown]
+            found = conversations.answers(teacher, taught, unknown, questions)
+            known.update((tuple(turns), states.clone()) for turns, states in zip(unknown, found))
+        states = torch.cat([known[tuple(turns)] for turns in batch])
+        for turns in batch:
+            if len(turns) > 1:
+                known.pop(tuple(turns), None)
+        return states
+
+    def loss_on(batch: list[list[int]], listen, draw: random.Random | None = None) -> torch.Tensor:
+        heard = [[listen(index) for index in turns] for turns in batch]
+        sizes = [len(states) for turns in heard for states in turns]
+        embedded = ear(torch.cat([states.float() for turns in heard for states in turns])).split(sizes)
         pieces = iter(piece.bfloat16() for piece in embedded)
-        spoken = [[next(pieces) for _ in turns] for turns in spoken]
-        said = predictions([conversation(turns, questions) for turns, questions in zip(batch, spoken)])
+        questions = [[next(pieces) for _ in turns] for turns in heard]
+        if draw is not None:  # some are typed, which is not to be forgotten
+            questions = [
+                [conversations.typed(i) if draw.random() < TYPED else q for i, q in zip(*pair)]
+                for pair in zip(batch, questions)
+            ]
+        beginning = listening.model(beginning_ids, use_cache=True).cache
+        states = torch.cat(conversations.answers(listening, beginning, batch, questions))
+        targets = targets_of(batch)
+        said, typed = (teacher.lm_head(x.bfloat16()).float().log_softmax(-1) for x in (states, targets))
         divergence = nn.functional.kl_div(said, typed, log_target=True, reduction="none").sum(-1).mean()
-        if spelling == 0:
+        if draw is None:
             return divergence
-        targets = [torch.tensor([number[t] for t in ids(features.text(i))]) for turns in batch for i in turns]
-        return divergence + spelling * ctc_loss(speller(pad(embedded)), sizes, targets)
+        distance = (states.float() - targets.float()).square().sum(-1) / targets.float().square().sum(-1)
+        spelt = [torch.tensor([number[t] for t in conversations.ids(features.text(i))]) for t in batch for i in t]
+        return divergence + distance.mean() + SPELLING * ctc_loss(speller(pad(embedded)), sizes, spelt)
 
     def loss_of(draw: random.Random) -> torch.Tensor:
         batch = draw_batch(features.training, BATCH_SIZE, draw)
-        return loss_on(batch, lambda index: features.draw(index, draw), SPELLING)
+        return loss_on(batch, lambda index: features.draw(index, draw), draw)
 
     def held_out_states(reading: int, index: int) -> torch.Tensor:
         return features.of[index][reading][0]
@@ -123,16 +166,18 @@ def main() -> None:
             figures[f"kl_{kind}"] = sum(losses) / max(len(losses), 1)
         return figures
 
-    state = arguments.folder / "understand.pt"
     train(
-        state,
-        nn.ModuleList([ear, speller]),
+        arguments.folder / "understand.pt",
+        nn.ModuleList([ear, speller, student]),
         loss_of,
         steps=arguments.steps,
         lr=arguments.lr,
         evaluate=evaluate,
         evaluate_every=250,
     )
+    if not (arguments.folder / "understood").exists():
+        with new_folder(arguments.folder / "understood") as folder:
+            student.save_pretrained(folder)
     with new_file(arguments.folder / "projector.pt") as path:
         torch.save(ear.folded(), path)
 

@@ -128,7 +128,6 @@ def main() -> None:
         return difference.abs().mean() + 0.1 * duration_loss
 
     def evaluate() -> dict:
-        vocoder.eval()
         errors, lengths = [], []
         for index, (units, durations, latents) in enumerate(held_out[:40]):
             frames = units.repeat_interleave(durations)
@@ -139,7 +138,6 @@ def main() -> None:
                     soundfile.write(
                         arguments.folder / f"resynthesised-{index}.wav", vocoder(units).numpy(), voices.JOE_RATE
                     )
-        vocoder.train()
         return {"l1": float(np.mean(errors)), "length": float(np.mean(lengths))}
 
     train(arguments.folder / "vocoder.pt", vocoder, loss_of, steps=arguments.steps, lr=arguments.lr, evaluate=evaluate)
