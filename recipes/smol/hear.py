@@ -39,8 +39,11 @@ class Features:
                 for key in file.files:
                     question, reading, _ = map(int, key.split())
                     self.of.setdefault(question, {}).setdefault(reading, []).append(torch.from_numpy(file[key]))
-        self.training = [index for index in self.of if self.records[index]["split"] == "train"]
-        self.held_out = [index for index in self.of if self.records[index]["split"] == "held_out"]
+        self.training, self.held_out, self.spelling = (
+            [index for index in self.of if self.records[index]["split"] == split]
+            for split in ("train", "held_out", "spelling")
+        )
+        self.said = self.training + self.spelling
 
     def draw(self, index: int, draw: random.Random) -> torch.Tensor:
         """One of the readings `[n, 5 * d_model]` of a question."""
@@ -105,7 +108,7 @@ def ctc_loss(logits: torch.Tensor, sizes: list[int], targets: list[torch.Tensor]
 
 def statistics(features: Features) -> tuple[torch.Tensor, torch.Tensor]:
     draw = random.Random(0)
-    sample = torch.cat([features.draw(index, draw).float() for index in draw.choices(features.training, k=500)])
+    sample = torch.cat([features.draw(index, draw).float() for index in draw.choices(features.said, k=500)])
     return sample.mean(0), sample.std(0)
 
 
@@ -124,9 +127,9 @@ def main() -> None:
     table = TTTOmniForCausalLM.from_pretrained(arguments.model).get_input_embeddings().weight.detach()
     features = Features(arguments.corpus, arguments.features)
     texts = {index: tokenizer(features.text(index), add_special_tokens=False)["input_ids"] for index in features.of}
-    tokens = sorted({token for index in features.training for token in texts[index]})
+    tokens = sorted({token for index in features.said for token in texts[index]})
     number = {token: index + 1 for index, token in enumerate(tokens)}
-    fits = [index for index in features.training if min(map(len, features.of[index][0])) > len(texts[index]) + 2]
+    fits = [index for index in features.said if min(map(len, features.of[index][0])) > len(texts[index]) + 2]
     length = table[tokens].float().norm(dim=-1).mean()
 
     torch.manual_seed(0)

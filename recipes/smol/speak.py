@@ -26,6 +26,7 @@ from ttt_omni.modeling_ttt_omni import TTTOmniSpeechDecoder
 
 
 BATCH_SIZE = 24
+NOISE = 0.15  # of the hidden states, which differ a little with how a question was asked
 SIZES = {
     "num_hidden_layers": 4,
     "hidden_size": 320,
@@ -102,6 +103,7 @@ def main() -> None:
         start = draw.randint(0, max(0, len(training) - 4 * BATCH_SIZE))
         batch = draw.sample(training[start : start + 4 * BATCH_SIZE], min(BATCH_SIZE, len(training)))
         rows, labels = pad((row.float() for _, row, _ in batch)), pad((units for *_, units in batch), -100)
+        rows = rows + NOISE * rows.std() * torch.randn_like(rows)
         is_answer = pad(torch.zeros(len(row), dtype=torch.long) for _, row, _ in batch)
         for place, (_, row, _) in enumerate(batch):
             is_answer[place, len(row) :] = -100

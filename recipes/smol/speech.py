@@ -56,14 +56,14 @@ def kinds_of(record: dict, count: int) -> list[str]:
 
 def read_question(record: dict, folder: Path, count: int) -> dict:
     """The conversation, its question spoken in all of its voices."""
-    question, answer = record["conversations"]
+    question, *answer = record["conversations"]
     text, names, kinds = question["value"], [], kinds_of(record, count)
     for index, kind in enumerate(kinds):
         names.append(f"{name_of(text, kind, str(index))}.flac")
         if not (folder / names[-1]).exists():
             write(folder / names[-1], *voices.say(text, kind, random.Random(names[-1])))
     spoken = {"text": text, "speech": names[0], "readings": names, "voices": kinds}
-    return record | spoken | {"conversations": [question | {"value": SPEECH_TOKEN}, answer]}
+    return record | spoken | {"conversations": [question | {"value": SPEECH_TOKEN}, *answer]}
 
 
 def speak_answer(record: dict, folder: Path) -> dict:
@@ -76,6 +76,13 @@ def speak_answer(record: dict, folder: Path) -> dict:
             np.save(file, latents.astype(np.float16))
         write(folder / f"{name}.flac", samples, voices.JOE_RATE)
     return record | {"conversations": [question, answer | {"speech": f"{name}.flac"}]}
+
+
+def spelt(record: dict) -> dict:
+    """The answer of `record` as one more sentence to be heard."""
+    turn = record["conversations"][1]
+    spoken = {"text": turn["value"], "speech": turn["speech"], "readings": [turn["speech"]], "voices": ["joe"]}
+    return {"split": "spelling"} | spoken | {"conversations": [{"from": "human", "value": SPEECH_TOKEN}]}
 
 
 def asked(record: dict) -> dict:
@@ -101,18 +108,23 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     records = read_corpus(arguments.texts)
     held_out = [record for record in records if record["split"] == "held_out"][: arguments.held_out]
+    spelling = [record for record in records if record["split"] == "spelling"]
     records = held_out + [record for record in records if record["split"] == "train"]
     answers = records + [asked(record) for record in records if "word" not in record]
     answers = list({record["conversations"][1]["value"]: record for record in answers}.values())
-    stages = (
-        ("answers.jsonl", answers[: arguments.answers], partial(speak_answer, folder=folder)),
-        ("questions.jsonl", records, partial(read_question, folder=folder, count=arguments.readings)),
-    )
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
-        for name, its_records, work in stages:
-            done = list(tqdm(pool.imap(work, its_records, chunksize=8), total=len(its_records), desc=name))
-            with new_file(folder / name) as made, open(made, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in done)
+
+        def have_read(name: str, its_records: list[dict], read) -> list[dict]:
+            work = partial(read, folder=folder)
+            return list(tqdm(pool.imap(work, its_records, chunksize=8), total=len(its_records), desc=name))
+
+        answers = have_read("Answers", answers[: arguments.answers], speak_answer)
+        read = partial(read_question, count=arguments.readings)
+        questions = have_read("Questions", records + spelling, read)
+    questions += [spelt(record) for record in answers if record["split"] == "train"]
+    for name, its_records in (("answers.jsonl", answers), ("questions.jsonl", questions)):
+        with new_file(folder / name) as made, open(made, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in its_records)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ The texts of the corpus: questions written for it and questions that the languag
 A line is a conversation in LLaMA-Omni's form, its questions as text, with `"split"`, `"train"` or `"held_out"`, and
 where one word of the answer must be right, `"kind"` and `"word"`. The questions with one right answer come with it;
 all other answers are the first sentence that the language model itself says, so that nothing of its skill is lost.
+Lines of the split `"spelling"` are questions with words by chance in them, without answers: what is said there cannot
+be guessed, only heard.
 """
 
 import argparse
@@ -31,6 +33,7 @@ ASKING_PROMPTS = (
     "You answer short everyday questions that people ask aloud.",
     SYSTEM_PROMPT,
 )
+COMMON_WORDS = 8000  # of the tokenizer's, whose order is that of how common they are
 MAX_QUESTION_WORDS, MAX_ANSWER_WORDS = 14, 24
 BATCH_SIZE = 96
 SPEAKABLE = re.compile(r"[A-Za-z][A-Za-z',;: -]*[.?!]")
@@ -88,11 +91,25 @@ def prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
+def unguessable(tokenizer: PreTrainedTokenizerBase, questions: list[str], count: int) -> list[str]:
+    """`count` of `questions`, in which other words, common in English, stand for some or for all."""
+    draw = random.Random(0)
+    pieces = sorted((index, piece) for piece, index in tokenizer.get_vocab().items())
+    words = [piece[1:] for _, piece in pieces if re.fullmatch("Ġ[a-z]{3,12}", piece)][:COMMON_WORDS]
+    found = []
+    for question in draw.choices(questions, k=count):
+        kept = draw.choice([0.0, 0.6, 0.8])
+        said = [word if draw.random() < kept else draw.choice(words) for word in question[:-1].split()[:10]]
+        found.append(" ".join(said).capitalize() + question[-1])
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or repository of the language model")
     parser.add_argument("output", type=Path)
     parser.add_argument("--made-up", type=int, default=8000, help="questions of the model's own (default: 8000)")
+    parser.add_argument("--unguessable", type=int, default=4000, help="questions of words by chance (default: 4000)")
     parser.add_argument("--written", type=int, default=10_000, help="at most so many of those written for this")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -121,13 +138,17 @@ def main() -> None:
         {"split": splits[question], "question": question, "answer": answer} for question, answer in own.items()
     ]
     shuffle(records)
+    asked = [record["question"] for record in records if not record["split"]]
+    records += [
+        {"split": "spelling", "question": question}
+        for question in unguessable(tokenizer, asked, arguments.unguessable)
+    ]
     with new_file(arguments.output) as path, open(path, "w", encoding="utf-8") as file:
         for index, record in enumerate(records):
-            turns = [
-                {"from": "human", "value": record.pop("question")},
-                {"from": "gpt", "value": record.pop("answer")},
-            ]
-            record["split"] = "held_out" if record["split"] else "train"
+            turns = [{"from": "human", "value": record.pop("question")}]
+            if "answer" in record:
+                turns.append({"from": "gpt", "value": record.pop("answer")})
+                record["split"] = "held_out" if record["split"] else "train"
             file.write(json.dumps({"id": str(index), **record, "conversations": turns}) + "\n")
     print(f"{arguments.output}: {len(records)} conversations")
 

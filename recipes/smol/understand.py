@@ -28,7 +28,7 @@ from ttt_omni.modeling_ttt_omni import TTTOmniMultiModalProjector
 
 
 BATCH_SIZE = 16
-SPELLING = 0.1  # weight of CTC beside it, so that what is heard goes on to be spelt
+SPELT, SPELLING = 32, 0.2  # recordings a step that are spelt as well, and the weight of that: words are not guessed
 TYPED = 0.1  # share of the questions
 HEARD = "\x00"  # where a question stands
 
@@ -145,12 +145,18 @@ def main() -> None:
         if draw is None:
             return divergence
         distance = (states.float() - targets.float()).square().sum(-1) / targets.float().square().sum(-1)
-        spelt = [torch.tensor([number[t] for t in conversations.ids(features.text(i))]) for t in batch for i in t]
-        return divergence + distance.mean() + SPELLING * ctc_loss(speller(pad(embedded)), sizes, spelt)
+        return divergence + distance.mean()
+
+    def spelling_loss(draw: random.Random) -> torch.Tensor:
+        chosen = draw.sample(features.said, min(SPELT, len(features.said)))
+        frames = [features.draw(index, draw) for index in chosen]
+        targets = [torch.tensor([number[t] for t in conversations.ids(features.text(i))]) for i in chosen]
+        return ctc_loss(speller(ear(pad(frames))), list(map(len, frames)), targets)
 
     def loss_of(draw: random.Random) -> torch.Tensor:
         batch = draw_batch(features.training, BATCH_SIZE, draw)
-        return loss_on(batch, lambda index: features.draw(index, draw), draw)
+        understanding = loss_on(batch, lambda index: features.draw(index, draw), draw)
+        return understanding + SPELLING * spelling_loss(draw)
 
     def held_out_states(reading: int, index: int) -> torch.Tensor:
         return features.of[index][reading][0]
