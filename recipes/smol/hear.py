@@ -26,6 +26,7 @@ from ttt_omni.modeling_ttt_omni import TTTOmniMultiModalProjector
 
 BATCH_SIZE = 48
 DROPOUT = 0.1
+OTHERS = 1000  # tokens that a batch's are told apart from
 
 
 class Features:
@@ -89,9 +90,10 @@ class Speller(nn.Module):
         self.scale = nn.Parameter(torch.tensor(12.0))
         self.bias = nn.Parameter(torch.zeros(len(table)))
 
-    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        cosines = nn.functional.normalize(embeddings.float(), dim=-1) @ self.table.T
-        return torch.cat([self.blank(embeddings), self.scale * cosines.float() + self.bias], -1).float()
+    def forward(self, embeddings: torch.Tensor, among: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """`among`: the numbers of the tokens to tell apart, from 0; by default all of them."""
+        cosines = nn.functional.normalize(embeddings.float(), dim=-1) @ self.table[among].T
+        return torch.cat([self.blank(embeddings), self.scale * cosines.float() + self.bias[among]], -1).float()
 
 
 def spell(logits: torch.Tensor, tokens: list[int]) -> list[int]:
@@ -99,11 +101,19 @@ def spell(logits: torch.Tensor, tokens: list[int]) -> list[int]:
     return [tokens[index - 1] for index in logits.argmax(-1).unique_consecutive().tolist() if index]
 
 
-def ctc_loss(logits: torch.Tensor, sizes: list[int], targets: list[torch.Tensor]) -> torch.Tensor:
-    """Of logits `[B, n, 1 + V]`, of which each row has so many frames, and the numbers of the tokens said."""
+def ctc_loss(
+    speller: Speller, embeddings: torch.Tensor, sizes: list[int], targets: list[torch.Tensor]
+) -> torch.Tensor:
+    """
+    Of embeddings `[B, n, hidden]`, of which each row has so many frames, and the numbers of the tokens said, which are
+    told apart from each other and from some more, drawn anew each time.
+    """
     lengths = [torch.tensor(sizes), torch.tensor(list(map(len, targets)))]
-    log_probs = logits.log_softmax(-1).transpose(0, 1)
-    return nn.functional.ctc_loss(log_probs, torch.cat(targets), *lengths, zero_infinity=True)
+    among, targets = torch.cat([torch.cat(targets), torch.randperm(len(speller.table))[:OTHERS]]).unique(
+        return_inverse=True
+    )
+    log_probs = speller(embeddings, among).log_softmax(-1).transpose(0, 1)
+    return nn.functional.ctc_loss(log_probs, 1 + targets[: lengths[1].sum()], *lengths, zero_infinity=True)
 
 
 def statistics(features: Features) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,7 +138,7 @@ def main() -> None:
     features = Features(arguments.corpus, arguments.features)
     texts = {index: tokenizer(features.text(index), add_special_tokens=False)["input_ids"] for index in features.of}
     tokens = sorted({token for index in features.said for token in texts[index]})
-    number = {token: index + 1 for index, token in enumerate(tokens)}
+    number = {token: index for index, token in enumerate(tokens)}
     fits = [index for index in features.said if min(map(len, features.of[index][0])) > len(texts[index]) + 2]
     length = table[tokens].float().norm(dim=-1).mean()
 
@@ -146,7 +156,7 @@ def main() -> None:
         frames = [features.draw(index, draw) for index in chosen]
         targets = [torch.tensor([number[token] for token in texts[index]]) for index in chosen]
         embeddings = hearing["ear"](pad(frames))
-        ctc = ctc_loss(hearing["speller"](embeddings), list(map(len, frames)), targets)
+        ctc = ctc_loss(hearing["speller"], embeddings, list(map(len, frames)), targets)
         return ctc + 0.01 * ((embeddings.float().norm(dim=-1) - length) ** 2 / length**2).mean()
 
     def evaluate() -> dict:

@@ -107,7 +107,7 @@ def main() -> None:
     ear.load_state_dict(heard["ear"])
     speller = Speller(conversations.embed.weight[heard["tokens"]])
     speller.load_state_dict(heard["speller"])
-    number = {token: index + 1 for index, token in enumerate(heard["tokens"])}
+    number = {token: index for index, token in enumerate(heard["tokens"])}
     beginning_ids = torch.tensor([conversations.before])
     with torch.no_grad():
         taught = teacher.model(beginning_ids, use_cache=True).cache
@@ -151,7 +151,7 @@ def main() -> None:
         chosen = draw.sample(features.said, min(SPELT, len(features.said)))
         frames = [features.draw(index, draw) for index in chosen]
         targets = [torch.tensor([number[t] for t in conversations.ids(features.text(i))]) for i in chosen]
-        return ctc_loss(speller(ear(pad(frames))), list(map(len, frames)), targets)
+        return ctc_loss(speller, ear(pad(frames)), list(map(len, frames)), targets)
 
     def loss_of(draw: random.Random) -> torch.Tensor:
         batch = draw_batch(features.training, BATCH_SIZE, draw)
