@@ -198,8 +198,7 @@ class SlidingWindowLayer(OwnedTensorsMixin, DynamicLayer):
         )
         columns = keep.to(torch.int8).argsort(dim=1, stable=True)[:, surplus:]  # [B, capacity]
         places = torch.where(keep, places, -1).gather(1, columns)
-        columns = columns[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-        return keys.gather(2, columns), values.gather(2, columns), places
+        return _take_columns(keys, columns), _take_columns(values, columns), places
 
     def update(self, *args, **kwargs):
         raise NotImplementedError("A window with sinks needs each token's place: call `update_window`.")
@@ -240,6 +239,13 @@ class SlidingWindowLayer(OwnedTensorsMixin, DynamicLayer):
     def reset(self) -> None:
         super().reset()
         self.places = self.past = None
+
+
+def _take_columns(x: torch.Tensor, columns: torch.LongTensor) -> torch.Tensor:
+    """Of `[B, H, L, D]` each row's `columns` `[B, C]`: row by row of D, which is far quicker than `gather`."""
+    batch_size, num_heads, length, _ = x.shape
+    first = torch.arange(batch_size * num_heads, device=x.device).view(batch_size, num_heads, 1) * length
+    return x.flatten(0, 2).index_select(0, (first + columns[:, None]).flatten()).unflatten(0, (*x.shape[:2], -1))
 
 
 class TTTLayer(OwnedTensorsMixin, DynamicLayer):

@@ -187,8 +187,8 @@ class TTTOmniSlidingAttention(TTTOmniAttention):
         # One attention over both rotations: a key takes the first half of the width, a sink the second one.
         is_sink = (key_places >= 0) & (_index(key_places) < self.config.attention_sinks)  # [B, L + T]
         query = torch.cat([query, query_to_sinks], dim=-1)
-        of_sink = is_sink[:, None, :, None]
-        keys = torch.cat([keys.masked_fill(of_sink, 0), keys.masked_fill(~of_sink, 0)], dim=-1)
+        halves = torch.stack([~is_sink, is_sink], dim=-1)[:, None, :, :, None]  # [B, 1, L + T, 2, 1]
+        keys = (keys.unsqueeze(-2) * halves).flatten(-2)
 
         key_places, query_places = key_places[:, None, :], places[:, :, None]
         in_window = query_places - key_places < self.config.sliding_window

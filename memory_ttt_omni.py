@@ -192,7 +192,8 @@ class TTTOmniMemoryMixin:
 
         Yields:
             The memory of all pieces so far, after each; of the last, which must be text, only the tokens, as its
-            last state is what `generate` begins with.
+            last state is what `generate` begins with. Tokens of the conversation that were not heard yet go with a
+            first piece that is text.
 
         Raises:
             ValueError: if there are no pieces, or the last one is not text.
@@ -201,10 +202,13 @@ class TTTOmniMemoryMixin:
             memory = TTTOmniMemory(DynamicCache(config=self.config), torch.empty(1, 0, dtype=torch.long))
         cache = memory.cache
         add_ttt_layers(cache, self.config.get_text_config())
-        last = {"input_ids": memory.input_ids[:, cache.get_seq_length() :]}
+        rest = memory.input_ids[:, cache.get_seq_length() :]  # such as the token that ended an answer
         memory.input_ids = memory.input_ids[:, : cache.get_seq_length()]
+        last = {"input_ids": rest}
         for piece in pieces:
-            if last["input_ids"].shape[1] > 0:
+            if last["input_ids"] is rest and "input_features" not in piece:
+                piece = {"input_ids": torch.cat([rest, piece["input_ids"].to(rest.device)], dim=1)}
+            elif last["input_ids"].shape[1] > 0:
                 self._hear(last, memory)
                 yield memory
             last = piece

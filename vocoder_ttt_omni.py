@@ -119,7 +119,12 @@ class TTTOmniVocoder(PreTrainedModel):
 
     @property
     def frame_context(self) -> int:
-        """Frames on either side of a frame that its samples depend on."""
+        """Frames on either side of a frame that its latents depend on."""
+        return sum(layer.conv.padding[0] for layer in self.frame_layers)
+
+    @property
+    def latent_context(self) -> int:
+        """Latents on either side of a latent that its samples depend on."""
         num_kernels = self.hifi_gan.num_kernels
         reach = self.hifi_gan.conv_post.padding[0]  # in positions of each stage in turn, from the last to the first
         for stage, upsampler in reversed(list(enumerate(self.hifi_gan.upsampler))):
@@ -128,7 +133,7 @@ class TTTOmniVocoder(PreTrainedModel):
                 sum(conv.padding[0] for conv in block.modules() if isinstance(conv, nn.Conv1d)) for block in resblocks
             )
             reach = math.ceil((reach + upsampler.padding[0]) / upsampler.stride[0])
-        return reach + self.hifi_gan.conv_pre.padding[0] + sum(layer.conv.padding[0] for layer in self.frame_layers)
+        return reach + self.hifi_gan.conv_pre.padding[0]
 
     def check_units(self, units: torch.Tensor) -> None:
         """Raises `ValueError` unless `units` is one sequence of ids of this vocoder's units."""
@@ -151,13 +156,18 @@ class TTTOmniVocoder(PreTrainedModel):
 
     def synthesize(self, frames: torch.LongTensor) -> torch.FloatTensor:
         """Turns `frames` [F], the unit of each, into a waveform [F * hop_length]."""
-        if frames.numel() == 0:
-            return torch.empty(0, device=frames.device)
-        return self.hifi_gan(self.latents(frames[None]))[0]
+        return self.generate_samples(self.latents(frames[None])[0].T)
 
     def latents(self, frames: torch.LongTensor) -> torch.FloatTensor:
         """What the generator makes samples of, `[B, unit_embed_dim, F]`, for `frames` `[B, F]`, the unit of each."""
-        return self.frame_layers(self.unit_embedding(frames).transpose(1, 2))
+        latents = self.unit_embedding(frames.long()).transpose(1, 2)
+        return self.frame_layers(latents) if frames.numel() else latents
+
+    def generate_samples(self, latents: torch.FloatTensor) -> torch.FloatTensor:
+        """The waveform [F * hop_length] of `latents` [F, unit_embed_dim]."""
+        if len(latents) == 0:
+            return torch.empty(0, device=latents.device)
+        return self.hifi_gan(latents.T[None])[0]
 
     def forward(self, units: torch.LongTensor) -> torch.FloatTensor:
         r"""
@@ -193,7 +203,9 @@ class VocoderStream:
         self._timed_units = _Overlap(
             lambda units: torch.stack((units, vocoder.durations(units)), dim=-1), vocoder.unit_context, 1
         )
-        self._waveform = _Overlap(vocoder.synthesize, vocoder.frame_context, vocoder.config.hop_length)
+        # One after the other, as the generator costs far more than its latents and sees less far.
+        self._latents = _Overlap(lambda frames: vocoder.latents(frames[None])[0].T, vocoder.frame_context, 1)
+        self._waveform = _Overlap(vocoder.generate_samples, vocoder.latent_context, vocoder.config.hop_length)
         self._device = "cpu"  # that of the units
 
     def push(self, units: torch.LongTensor) -> torch.FloatTensor:
@@ -212,7 +224,7 @@ class VocoderStream:
         self._vocoder.check_units(units)
         self._device = units.device
         units, durations = self._timed_units(units.long(), last).unbind(-1)
-        return self._waveform(units.repeat_interleave(durations), last)
+        return self._waveform(self._latents(units.repeat_interleave(durations), last), last)
 
 
 class _Overlap:

@@ -17,6 +17,7 @@ from ..streaming_ttt_omni import SpeechStream, TextStream, TTTOmniStreamEvent
 
 
 FIRST_CHUNK_SIZE, CHUNK_SIZE = 10, 40  # units of a first sound, and of those after it
+TOKENS_HEARD_AT_ONCE = 300  # a window of 30 s
 
 
 @dataclass(eq=False)
@@ -83,7 +84,11 @@ class _Question:
 
     answer: Answer
     listening: Iterator[TTTOmniMemory]
-    memory: TTTOmniMemory | None = None  # of all pieces so far
+    memory: TTTOmniMemory | None  # of all pieces so far
+
+    @property
+    def num_tokens(self) -> int:
+        return 0 if self.memory is None else self.memory.input_ids.shape[1]
 
 
 class _Row:
@@ -186,8 +191,8 @@ class Engine:
     """
     Answers conversations, all in one batch.
 
-    Between two tokens of those that are being answered, one piece is heard of one that is not yet. Each answer's
-    tokens, units and samples are those of the conversation alone, up to the rounding of a batch.
+    Between two tokens of those that are being answered, one piece is heard of those that are not yet, or several short
+    ones. Each answer's tokens, units and samples are those of the conversation alone, up to the rounding of a batch.
 
     Args:
         model, processor: of which nobody else may use the model meanwhile, but to read its weights.
@@ -247,23 +252,30 @@ class Engine:
                 if self.is_closed:
                     break
                 arrived, self.arrived = self.arrived, deque()
-            self.questions.extend(_Question(answer, self._listen(answer)) for answer in arrived)
-            if self.questions:
-                self._hear_a_piece()
+            self.questions.extend(map(self._listen, arrived))
+            self._hear()
             if self.rows:
                 self._make_a_token()
         for answer in [*self.arrived, *(item.answer for item in (*self.questions, *self.rows))]:
             _fail(answer, RuntimeError("The server is shutting down."))
 
-    def _listen(self, answer: Answer) -> Iterator[TTTOmniMemory]:
+    def _listen(self, answer: Answer) -> _Question:
         memory = answer.memory
         if memory is not None:
             memory = TTTOmniMemory(snapshot(memory.cache), memory.input_ids, memory.attention_mask)
-        return self.model.listen(answer.pieces, memory)
+        return _Question(answer, self.model.listen(answer.pieces, memory), memory)
 
-    def _hear_a_piece(self) -> None:
-        """Of the question whose turn it is; after its last one, the answer begins."""
-        question = self.questions.popleft()
+    def _hear(self) -> None:
+        """Pieces of questions, until it is time for the next token."""
+        num_tokens = 0
+        while self.questions and num_tokens < TOKENS_HEARD_AT_ONCE:
+            question = self.questions.popleft()
+            before = question.num_tokens
+            self._hear_a_piece(question)
+            num_tokens += question.num_tokens - before
+
+    def _hear_a_piece(self, question: _Question) -> None:
+        """After the last one, the answer begins."""
         answer = question.answer
         if answer.is_cancelled:
             answer.finish_reason = "cancelled"

@@ -9,6 +9,7 @@ from layouts import sound
 
 from serving import open_model
 from ttt_omni import TTTOmniProcessor
+from ttt_omni.cache_ttt_omni import BatchedCache
 from ttt_omni.serving.engine import Answer, Engine
 
 
@@ -100,6 +101,33 @@ def test_each_is_as_if_alone(model, processor, engine):
         expected, *_ = alone(model, processor, questions[i][1], memories[i], tokens=9)
         assert again[i][0].tokens == expected and len(heard_again[i][1]) > 0
         assert again[i][0].finish_reason in ("length", "stop")
+
+
+def test_eight_take_no_more_passes_than_one(model, processor, engine):
+    """Questions that arrive together are answered together, from the first token, and each as if it were alone."""
+    heard = [submit(engine, processor, message(1 + seed % 3, seed), tokens=1 + seed) for seed in range(8)]
+    for answer in heard:
+        collect(*answer)
+    memories = [answer.conversation(processor.answer_end_id) for answer, _ in heard]
+    questions = [{"role": "user", "content": "And what " + "else " * seed} for seed in range(8)]
+    rows = []
+
+    def count(model, args, kwargs):
+        if isinstance(kwargs.get("cache"), BatchedCache):
+            rows.append(len(kwargs["input_ids"]))
+
+    with model.register_forward_pre_hook(count, with_kwargs=True):
+        with engine.wakes:  # so that it sees all at once
+            answers = [submit(engine, processor, *turn, tokens=10) for turn in zip(questions, memories)]
+        sounds = [collect(*answer) for answer in answers]
+    passes = [len(answer.tokens) + (answer.finish_reason == "stop") - 1 for answer, _ in answers]
+    assert rows == [sum(step < n for n in passes) for step in range(max(passes))]
+    for (answer, _), (text, waveform), *turn in zip(answers, sounds, questions, memories):
+        tokens, units, expected, cache = alone(model, processor, *turn, tokens=10)
+        assert answer.tokens == tokens and torch.equal(torch.cat(answer.units), units)
+        assert text == processor.decode(tokens, skip_special_tokens=True)
+        torch.testing.assert_close(waveform, expected, rtol=0, atol=1e-5)
+        assert_same_cache(answer.cache, cache)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.8, 1.0])

@@ -145,6 +145,11 @@ class Talk:
         for start in range(0, len(pcm), 24000):
             self.connection.input_audio_buffer.append(audio=base64.b64encode(pcm[start : start + 24000]).decode())
 
+    def say(self, waveform):
+        """A turn of which no voice activity is to find the end."""
+        self.append(waveform)
+        self.connection.input_audio_buffer.commit()
+
     def answer(self, **response):
         self.connection.response.create(response={"max_output_tokens": TOKENS, **response})
         return self.collect()
@@ -175,6 +180,14 @@ def by_hand(talk):
     return talk.next("session.updated").session
 
 
+def begin(connection, waveform):
+    """A session in which `waveform` is said by hand, and waits for its answer."""
+    talk = Talk(connection)
+    by_hand(talk)
+    talk.say(waveform)
+    return talk
+
+
 def heard(waveform):
     """What the server makes of PCM16 at 24 kHz."""
     return decode(pcm16(waveform, 16000).tobytes(), "pcm16", 60, "audio")
@@ -193,8 +206,7 @@ def test_realtime_of_20_turns(client, parts):
                 connection.conversation.item.create(item={"type": "message", "role": "user", "content": content})
                 message = {"role": "user", "content": [{"type": "text", "text": "What did I say?"}]}
             else:
-                talk.append(waveform)
-                connection.input_audio_buffer.commit()
+                talk.say(waveform)
                 item = talk.next("conversation.item.added").item
                 assert item.role == "user" and item.content[0].type == "input_audio"
                 message = question(heard(waveform), parts[1])
@@ -275,11 +287,8 @@ def test_voice_activity_answers_and_interrupts(client, parts, taken):
 def test_truncated_in_mid_answer(client, parts, served):
     """The conversation goes on as if no more had been said than was heard, and so does its file."""
     with connect(client) as connection:
-        talk = Talk(connection)
-        by_hand(talk)
+        talk = begin(connection, FIRST)
         id = talk.created.session.id
-        talk.append(FIRST)
-        connection.input_audio_buffer.commit()
         _, samples, response, _ = talk.answer(max_output_tokens=30)
         (item,) = response.output
         end = len(samples) * 1000 // 24000
@@ -293,8 +302,7 @@ def test_truncated_in_mid_answer(client, parts, served):
         assert memory.input_ids.tolist() == said.tolist()
         saved = parts[0].load_memory(served[1].sessions.folder / f"{id}.safetensors")
         assert saved.input_ids.tolist() == said.tolist()
-        talk.append(SECOND)
-        connection.input_audio_buffer.commit()
+        talk.say(SECOND)
         text, *_ = talk.answer()
         assert text == alone(*parts, question(heard(SECOND), parts[1]), memory, tokens=TOKENS)[0]
 
@@ -302,11 +310,8 @@ def test_truncated_in_mid_answer(client, parts, served):
 def test_cancelled_and_resumed(client, parts):
     """A response that is cancelled keeps what was said; who comes back goes on from there."""
     with connect(client) as connection:
-        talk = Talk(connection)
-        by_hand(talk)
+        talk = begin(connection, FIRST)
         id = talk.created.session.id
-        talk.append(FIRST)
-        connection.input_audio_buffer.commit()
         connection.response.create(response={"max_output_tokens": 64})
         talk.next("response.output_audio_transcript.delta")
         connection.response.cancel()
@@ -316,10 +321,7 @@ def test_cancelled_and_resumed(client, parts):
         assert 0 < num_tokens < 64
     _, _, memory = alone(*parts, question(heard(FIRST), parts[1]), tokens=num_tokens)
     with again(client, id) as connection:
-        talk = Talk(connection)
-        by_hand(talk)
-        talk.append(SECOND)
-        connection.input_audio_buffer.commit()
+        talk = begin(connection, SECOND)
         text, *_ = talk.answer()
         assert text == alone(*parts, question(heard(SECOND), parts[1]), memory, tokens=TOKENS)[0]
 
@@ -362,11 +364,8 @@ def test_instructions(client, parts):
 def test_gone_in_mid_answer(client, served):
     """Of a turn that its client did not wait for, nothing remains, and nobody goes on with it."""
     with connect(client) as connection:
-        talk = Talk(connection)
-        by_hand(talk)
+        talk = begin(connection, FIRST)
         id = talk.created.session.id
-        talk.append(FIRST)
-        connection.input_audio_buffer.commit()
         connection.response.create(response={"max_output_tokens": 64})
         talk.next("response.output_audio_transcript.delta")
     with again(client, id):

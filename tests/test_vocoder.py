@@ -135,7 +135,8 @@ def test_parameter_count_of_the_released_sizes():
     resblocks = sum(6 * (c * c * k + c) for c in (256, 128, 64, 32, 16) for k in (3, 7, 11))
     assert vocoder.num_parameters() == embedding + durations + pre_and_post + upsamplers + resblocks == 13_475_010
     # From the waveform back, in samples per frame 320, 160, 80, 20, 5: a stage's widest resblock reaches 60 positions.
-    assert (vocoder.unit_context, vocoder.frame_context, vocoder.config.hop_length) == (2, 21, 320)
+    assert (vocoder.unit_context, vocoder.frame_context, vocoder.latent_context) == (2, 0, 21)
+    assert vocoder.config.hop_length == 320
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -222,21 +223,23 @@ def test_stream_works_on_bounded_windows():
         chunk = stream.push(unit)
         assert chunk.untyped_storage().nbytes() == chunk.nbytes
     assert max(num_units) == 2 * vocoder.unit_context + 1
-    assert longest > 1 and max(num_frames) <= 2 * vocoder.frame_context + longest
+    assert longest > 1 and max(num_frames) <= 2 * vocoder.latent_context + longest
 
 
 @settings(max_examples=50, deadline=None)
 @given(config=configs(), seed=st.integers(0, 2**31))
-def test_frame_context_is_the_receptive_field(config, seed):
-    vocoder = random_vocoder(config, seed).double()
-    context, hop_length = vocoder.frame_context, config.hop_length
-    frames = vocoder.unit_embedding(torch.randint(config.unit_vocab_size, (2 * context + 5,)))
-    frames = frames.detach().requires_grad_()  # [F, unit_embed_dim]
-    middle = context + 2
-    latents = vocoder.frame_layers(frames.T[None])
-    samples = vocoder.hifi_gan(latents)[0, middle * hop_length : (middle + 1) * hop_length]
-    (gradient,) = torch.autograd.grad(samples.sum(), frames)
-    assert gradient.abs().sum(1).ne(0).tolist() == [False] * 2 + [True] * (2 * context + 1) + [False] * 2
+def test_contexts_are_the_receptive_fields(config, seed):
+    """Of a latent among frames, and of a latent's samples among latents."""
+    vocoder, rate = random_vocoder(config, seed).double(), config.hop_length
+    stages = [(vocoder.frame_layers, vocoder.frame_context, 1), (vocoder.hifi_gan, vocoder.latent_context, rate)]
+    for stage, context, rate in stages:
+        middle = context + 2
+        frames = torch.randint(config.unit_vocab_size, (1, 2 * middle + 1))
+        inputs = vocoder.unit_embedding(frames).transpose(1, 2).detach().requires_grad_()
+        outputs = stage(inputs)[..., middle * rate : (middle + 1) * rate]
+        (gradient,) = torch.autograd.grad(outputs.sum(), inputs)
+        seen = gradient[0].abs().sum(0).ne(0).tolist()
+        assert seen == [False] * 2 + [True] * (2 * context + 1) + [False] * 2
 
 
 @torch.no_grad()

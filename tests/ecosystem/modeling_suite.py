@@ -106,6 +106,7 @@ class TTTOmniModelTester:
                 unit_embed_dim=8,
                 duration_predictor_hidden_dim=8,
                 upsample_initial_channel=32,
+                num_frame_layers=1,
             ),
             audio_token_id=self.audio_token_id,
             projector_hidden_size=24,
