@@ -24,6 +24,13 @@ LAYERS = {
         "sliding_window": 9,
         "attention_sinks": 2,
     },
+    "gated": {
+        "layer_types": ["hybrid_sliding", "linear_attention", "hybrid", "hybrid_sliding"],
+        "sliding_window": 9,
+        "attention_sinks": 2,
+        "ttt_head_gate": True,
+        "ttt_lr_activation": "hardsigmoid",
+    },
     "ttt": {"layer_types": ["linear_attention"] * 4},
 }
 WITH_MLP = ("hybrid", "replace", "windowed", "ttt")
