@@ -90,6 +90,10 @@ def _add_command(commands, name: str, command, description: str, example: str, *
 def _convert(**arguments) -> None:
     from ..conversion.llama_omni import convert_llama_omni
 
+    if arguments["layers"] == "auto":
+        from ..evaluation.layers import find_layers
+
+        arguments["layers"] = find_layers(arguments["source"])
     convert_llama_omni(**arguments)
 
 
@@ -116,7 +120,11 @@ def _add_convert(commands) -> None:
     convert.add_argument(
         "--speak", type=int, metavar="UNITS", help="give it a fresh decoder of so many speech units, to be trained"
     )
-    convert.add_argument("--layers", help="layers that get TTT, as 24-31 or 0,2,5-7 (default: the upper quarter)")
+    convert.add_argument(
+        "--layers",
+        help="layers that get TTT, as 24-31 or 0,2,5-7, or auto for those where a language model looks back at "
+        "what it was told (default: the upper quarter)",
+    )
     convert.add_argument(
         "--mode", choices=MODES, default="hybrid", help="TTT beside attention (default) or in its place"
     )

@@ -34,18 +34,25 @@ class Wording:
 
     def turn(self, text: str, reply: str, is_first: bool = False) -> list[int]:
         """The tokens of a turn of both."""
-        if self.tokenizer.chat_template is None:
-            space = "" if is_first else " "
-            return self._encode(f"{space}{text} {reply}", add_special_tokens=is_first)
-        turn = [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
-        return self._encode(self._render(turn) if is_first else self._after(turn))
+        is_plain = self.tokenizer.chat_template is None
+        return self._encode(self.turn_text(text, reply, is_first), add_special_tokens=is_plain and is_first)
 
     def question(self, question: str, stem: str) -> list[int]:
         """The tokens of a question, and of the beginning of its answer."""
+        return self._encode(self.question_text(question, stem))
+
+    def turn_text(self, text: str, reply: str, is_first: bool = False) -> str:
+        """What [`turn`](Wording.turn) encodes."""
         if self.tokenizer.chat_template is None:
-            return self._encode(f" {question} {stem}".rstrip())
-        asked = self._after([{"role": "user", "content": question}], add_generation_prompt=True)
-        return self._encode(asked + stem)
+            return f"{text} {reply}" if is_first else f" {text} {reply}"
+        turn = [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
+        return self._render(turn) if is_first else self._after(turn)
+
+    def question_text(self, question: str, stem: str) -> str:
+        """What [`question`](Wording.question) encodes."""
+        if self.tokenizer.chat_template is None:
+            return f" {question} {stem}".rstrip()
+        return self._after([{"role": "user", "content": question}], add_generation_prompt=True) + stem
 
     def _after(self, turns: list[dict[str, str]], **kwargs) -> str:
         before, whole = self._render(self.before), self._render(self.before + turns, **kwargs)

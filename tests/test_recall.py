@@ -18,6 +18,7 @@ from ttt_omni.evaluation import recall
 from ttt_omni.evaluation.conditions import conditions_of, load, max_length, read, state_alone, under
 from ttt_omni.evaluation.corpus import HEARD, REMEMBERED, make_recall_corpus
 from ttt_omni.evaluation.facts import HELD_OUT_KINDS, KINDS, Fact, draw_facts, read_facts
+from ttt_omni.evaluation.layers import as_ranges, attention_to_facts, retrieving_layers
 from ttt_omni.evaluation.perplexity import evaluate_perplexity
 from ttt_omni.training import ConversationDataset
 
@@ -301,3 +302,40 @@ def test_command_on_a_model_of_transformers(tokenizer, talk, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(word) for word in [*words, "--output", tmp_path / "none", "--conditions", "window"]])
     assert "choose from model, nothing told" in capsys.readouterr().err
+
+
+def test_layers_that_look_back(tokenizer):
+    """Attention to the value as it was told counts, and nothing else."""
+
+    class Looking(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, input_ids, **kwargs):
+            told, _, asked = tokenizer.decode(input_ids[0]).partition("<|im_start|>assistant")
+            fact = next(fact for fact in facts if f"user\n{fact.question}<" in asked)
+            start = told.index(fact.told) + fact.told.rindex(fact.value)
+            start = len(tokenizer(told[:start], add_special_tokens=False)["input_ids"])
+            looked = torch.zeros(3, 1, 2, *2 * input_ids.shape[1:])  # [layers, B, H, T, T]
+            looked[0, :, :, -2] = looked[1, 0, :, -1, start - 1] = 1
+            looked[2, 0, :, -1, start : start + len(fact.value)] = 0.6 / len(fact.value)
+            looked[1, 0, 1, -1, start] = 0.5
+            return SimpleNamespace(attentions=tuple(looked))
+
+    facts = draw_facts(random.Random("0 0"), 12)
+    attention = attention_to_facts(Looking(), tokenizer, rounds=1)
+    assert attention == pytest.approx([0, 0.5, 1.2])
+    assert retrieving_layers(attention) == [1, 2] and retrieving_layers([0.3, 1, 0]) == [1]
+    assert as_ranges([18, 20, 21, 22, 24]) == "18,20-22,24"
+
+
+def test_convert_where_a_model_looks_back(tmp_path, capsys):
+    write_graft(tmp_path)
+    words = ["convert", "--source", tmp_path / "llama", "--output", tmp_path / "out", "--layers", "auto"]
+    main([str(word) for word in words])
+    assert "It looks back at what it was told in the layers 0." in capsys.readouterr().err
+    assert TTTOmniConfig.from_pretrained(tmp_path / "out").text_config.layer_types == ["hybrid"]
+    config = json.loads((tmp_path / "llama" / "config.json").read_text()) | {"model_type": "omni_speech_llama"}
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        main([str(word) for word in [*words, "--output", tmp_path / "none"]])
+    assert "`--layers auto` needs a language model" in capsys.readouterr().err
