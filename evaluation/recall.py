@@ -146,6 +146,9 @@ def evaluate_recall(
     """
     if not distances or min(distances) < 1:
         raise ValueError(f"`distances` must be at least 1 token, got {list(distances)}.")
+    for name, value in (("num_facts", num_facts), ("rounds", rounds)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
     known = [*conditions_of(model), *(["state"] if has_ttt(model) else []), "nothing told"]
     conditions = known if conditions is None else list(conditions)
     if unknown := [condition for condition in conditions if condition not in known]:
@@ -166,18 +169,19 @@ def evaluate_recall(
             condition = "model" if run == "nothing told" else run
             told = "Hello." if run == "nothing told" else " ".join(fact.told for fact in facts)
             start = wording.turn(told, REMEMBERED[0], is_first=True)
-            asks = [run] + (["state"] if run == "model" and "state" in conditions else [])
+            asks = [name for name in conditions if name == run or (name == "state" and run == "model")]
             with under(condition, model) as current:
                 limit = max_length(model, condition)
                 within = [distance for distance in sorted(distances) if distance + len(start) + 128 <= limit]
                 talk_ids = _talk(wording, random.Random(f"{seed} {number} talk"), sentences)
                 for distance, cache in _prefill(current, start, talk_ids, within):
                     for name in asks:
-                        if name in conditions:
-                            answers = [_answer(current, wording, fact, facts, cache, name) for fact in facts]
-                            scores.setdefault((name, distance), Score(name, distance)).add(facts, answers)
+                        answers = [_answer(current, wording, fact, facts, cache, name) for fact in facts]
+                        scores.setdefault((name, distance), Score(name, distance)).add(facts, answers)
             progress.update()
     progress.close()
+    if not scores:
+        raise ValueError(f"The model is made for fewer tokens than the distance of {min(distances)}.")
     return [scores[key].row() for name in known for key in sorted(scores) if key[0] == name]
 
 

@@ -115,6 +115,22 @@ def test_who_confuses_the_facts_is_right_by_chance(listen):
         assert row["shuffled"] == 1 and row["recall"] < 0.3
 
 
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"distances": [0]}, "`distances` must be at least 1 token"),
+        ({"distances": [2 * 10**6]}, "made for fewer tokens than the distance of 2000000"),
+        ({"rounds": 0}, "`rounds` must be at least 1"),
+        ({"num_facts": 1000}, "no 1000 facts"),
+        ({"conditions": ["state"]}, "'state' is no condition of this model: choose from model, nothing told"),
+    ],
+)
+def test_what_will_not_do(tokenizer, talk, kwargs, message):
+    model = Listener(tokenizer, [], None)
+    with pytest.raises(ValueError, match=message):
+        recall.evaluate_recall(model, tokenizer, talk, **{"distances": [9], **kwargs})
+
+
 def test_a_value_is_whole_words():
     assert recall.says("It is TIGER.", "tiger") and recall.says("in New\n York", "New York")
     assert not recall.says("tigers", "tiger") and not recall.says("124", "12")
