@@ -25,7 +25,7 @@ LAYERS = {
         "attention_sinks": 2,
     },
     "gated": {
-        "layer_types": ["hybrid_sliding", "linear_attention", "hybrid", "hybrid_sliding"],
+        "layer_types": ["hybrid_sliding", "sliding_attention", "hybrid_sliding", "linear_attention"],
         "sliding_window": 9,
         "attention_sinks": 2,
         "ttt_head_gate": True,
