@@ -168,6 +168,12 @@ class TTTOmniTextConfig(LlamaConfig):
             Whether the inner target is LN(v - k) with the inner LayerNorm's parameters rather than v - k.
         ttt_rope_theta (`float`, *optional*):
             Base of TTT's rotary embedding over the position in the mini-batch; `None` turns it off.
+        ttt_lr_activation (`str`, defaults to `"sigmoid"`):
+            What makes the inner learning rate's gate a factor from 0 to 1: `"sigmoid"`, as in the references, or
+            `"hardsigmoid"`, with which a token may write nothing at all.
+        ttt_head_gate (`bool`, defaults to `False`):
+            Whether each head's output is multiplied by a sigmoid gate computed from the layer's input, so that a
+            memory may be silent where nothing of it is asked for.
         ttt_gate_init (`float`, defaults to 0.0):
             Initial value of the output gate of hybrid layers.
         ttt_scan_checkpoint_group_size (`int`, defaults to 16):
@@ -200,6 +206,8 @@ class TTTOmniTextConfig(LlamaConfig):
     ttt_qk_norm: str = "rms"
     ttt_standardize_target: bool = True
     ttt_rope_theta: float | int | None = None
+    ttt_lr_activation: str = "sigmoid"
+    ttt_head_gate: bool = False
     ttt_gate_init: float | int = 0.0
     ttt_scan_checkpoint_group_size: int = 16
     sliding_window: int | None = None
@@ -211,6 +219,9 @@ class TTTOmniTextConfig(LlamaConfig):
                 f"layers.*.{x}.{y}_norm": "replicated_with_grad_allreduce" for x in ("self_attn", "ttt") for y in "qk"
             }
             self.base_model_tp_plan = self.base_model_tp_plan | norms
+        if self.ttt_head_gate:
+            gate = {"layers.*.ttt.head_gate": "replicated_with_grad_allreduce"}
+            self.base_model_tp_plan = self.base_model_tp_plan | gate
         _require_divisible(self)
         if self.layer_types is None:
             ttt_layers = self.num_hidden_layers // 4
@@ -256,6 +267,10 @@ class TTTOmniTextConfig(LlamaConfig):
         _require(
             self.ttt_qk_norm in ("rms", "l2", "none"),
             f"`ttt_qk_norm` must be 'rms', 'l2' or 'none', got {self.ttt_qk_norm!r}.",
+        )
+        _require(
+            self.ttt_lr_activation in ("sigmoid", "hardsigmoid"),
+            f"`ttt_lr_activation` must be 'sigmoid' or 'hardsigmoid', got {self.ttt_lr_activation!r}.",
         )
         _require(
             self.ttt_rope_theta is None or (_is_number(self.ttt_rope_theta) and self.ttt_rope_theta > 0),

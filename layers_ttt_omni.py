@@ -26,7 +26,8 @@ from .ops_ttt_omni import TTTLinearState, TTTMLPState, ttt_linear, ttt_mlp
 
 
 # What of TTT is no projection, and small: adapters train and save it as it is, and no quantiser touches it.
-TTT_MODULES_TO_SAVE = ("inner_model", "inner_norm", "lr_gate", "post_norm", "token_scale", "ttt_gate")
+TTT_MODULES_TO_SAVE = ("head_gate", "inner_model", "inner_norm", "lr_gate", "post_norm", "token_scale", "ttt_gate")
+LR_ACTIVATIONS = {"sigmoid": torch.sigmoid, "hardsigmoid": nn.functional.hardsigmoid}
 
 
 class TTTOmniRotaryEmbedding(LlamaRotaryEmbedding):
@@ -330,6 +331,14 @@ class TTTOmniTTT(nn.Module):
         else:
             self.inner_model, self.op = TTTMLPModel(self.num_heads, self.head_dim), ttt_mlp
         self.post_norm = nn.LayerNorm(width, eps=1e-6)
+        if config.ttt_head_gate:
+            self.head_gate = nn.Linear(config.hidden_size, self.num_heads, bias=True)
+
+    def write_strength(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The share of `base_lr` with which a head learns a token: `[B, T, hidden_size]` to `[B, T, H]`, 0 to 1."""
+        strength = self.lr_gate(hidden_states.to(self.lr_gate.bias.dtype))
+        dtype = torch.promote_types(self.inner_model.W1.dtype, torch.float32)
+        return LR_ACTIVATIONS[self.config.ttt_lr_activation](strength.to(dtype))
 
     def forward(
         self,
@@ -361,8 +370,7 @@ class TTTOmniTTT(nn.Module):
         state = state.to(hidden_states.device)
 
         q, k, v = self._project(hidden_states, state, token_mask, cu_seqlens)
-        lr = self.lr_gate(hidden_states.to(self.lr_gate.bias.dtype))  # [B, T, H]
-        lr = self.base_lr / self.head_dim * torch.sigmoid(lr.to(state.W1.dtype))
+        lr = self.base_lr / self.head_dim * self.write_strength(hidden_states)  # [B, T, H]
         token_scale, inner_norm = self.token_scale(), self.inner_norm()
 
         def run(state, columns=slice(None)):
@@ -388,8 +396,12 @@ class TTTOmniTTT(nn.Module):
             o = torch.cat([first, last], dim=2)
         if cache_layer is not None:
             cache_layer.update_ttt_state(new_state, token_mask, input_shape[1], earlier)
-        o = o.transpose(1, 2).reshape(*input_shape[:-1], -1)  # [B, T, H * D]
-        return self.o_proj(self.post_norm(o))
+        o = self.post_norm(o.transpose(1, 2).reshape(*input_shape[:-1], -1))  # [B, T, H * D]
+        if self.config.ttt_head_gate:
+            gate = torch.sigmoid(self.head_gate(hidden_states.to(self.head_gate.bias.dtype)))
+            gate = gate.view(*input_shape[:-1], -1, 1).to(o.dtype)  # [B, T, H, 1]
+            o = (gate * o.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+        return self.o_proj(o)
 
     def _last_step(self, state, token_mask, shape) -> int | None:
         """The column of the token with which the state makes its last step, in one row of T tokens, if it does."""

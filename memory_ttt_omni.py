@@ -57,6 +57,8 @@ CONFIG_FIELDS = (
     "num_key_value_heads",
     "head_dim",
 )
+# Fields that came later, which a model without them has as here, so that its files are known again.
+LATER_FIELDS = {"ttt_lr_activation": "sigmoid", "ttt_head_gate": False}
 FIELDS_OF_VERSION_1 = (
     "ttt_base_lr",
     "ttt_gate_init",
@@ -306,6 +308,7 @@ class TTTOmniMemoryMixin:
         config = self.config.get_text_config()
         names = [*CONFIG_FIELDS, *sorted(name for name in config.to_dict() if name.startswith("ttt_"))]
         values = {name: getattr(config, name) for name in names}
+        values = {name: value for name, value in values.items() if (name, value) not in LATER_FIELDS.items()}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def _weight_samples(self) -> torch.Tensor:

@@ -75,7 +75,7 @@ class TTTOmniPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["cache"]
     _keep_in_fp32_modules_strict = ["inner_model", "inner_norm", "token_scale", "ttt_gate"]
     # What no quantiser touches either, whatever else it is told to skip: patterns of modules' and parameters' names.
-    _keep_in_fp32_modules = [r".*\blr_gate"]
+    _keep_in_fp32_modules = [r".*\b(lr|head)_gate"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True

@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibrate(commands)
     _add_finetune(commands)
     _add_distill(commands)
+    _add_make_recall_corpus(commands)
+    _add_evaluate(commands)
     _add_export(commands)
     _add_answer(commands)
     _add_chat(commands)
@@ -88,6 +90,10 @@ def _add_command(commands, name: str, command, description: str, example: str, *
 def _convert(**arguments) -> None:
     from ..conversion.llama_omni import convert_llama_omni
 
+    if arguments["layers"] == "auto":
+        from ..evaluation.layers import find_layers
+
+        arguments["layers"] = find_layers(arguments["source"])
     convert_llama_omni(**arguments)
 
 
@@ -114,7 +120,11 @@ def _add_convert(commands) -> None:
     convert.add_argument(
         "--speak", type=int, metavar="UNITS", help="give it a fresh decoder of so many speech units, to be trained"
     )
-    convert.add_argument("--layers", help="layers that get TTT, as 24-31 or 0,2,5-7 (default: the upper quarter)")
+    convert.add_argument(
+        "--layers",
+        help="layers that get TTT, as 24-31 or 0,2,5-7, or auto for those where a language model looks back at "
+        "what it was told (default: the upper quarter)",
+    )
     convert.add_argument(
         "--mode", choices=MODES, default="hybrid", help="TTT beside attention (default) or in its place"
     )
@@ -222,6 +232,87 @@ def _add_stage(commands, name: str, command, description: str) -> None:
     """A command whose arguments, `--help` too, are for the parser of its stage, as no option begins with NUL."""
     stage = _add_command(commands, name, command, description, "", prefix_chars="\0", add_help=False)
     stage.add_argument("arguments", nargs=argparse.REMAINDER)
+
+
+def _make_recall_corpus(**arguments) -> None:
+    from ..evaluation.corpus import make_recall_corpus
+
+    make_recall_corpus(**arguments)
+
+
+def _add_make_recall_corpus(commands) -> None:
+    corpus = _add_command(
+        commands,
+        "make-recall-corpus",
+        _make_recall_corpus,
+        "Make conversations that demand recall, for `distill` and `finetune`",
+        "recall.jsonl --talk talk.txt",
+    )
+    corpus.add_argument("output", metavar="MANIFEST", help="new JSONL file")
+    corpus.add_argument("--talk", required=True, metavar="FILE", help="text from which the other talk comes")
+    corpus.add_argument("--conversations", type=int, default=2000, metavar="N", help="default: 2000")
+    corpus.add_argument("--facts", type=int, default=6, metavar="N", help="told in each, at most (default: 6)")
+    corpus.add_argument("--asked", type=int, default=4, metavar="N", help="of these, at most (default: 4)")
+    corpus.add_argument("--words", type=int, default=120, metavar="N", help="of other talk, at most (default: 120)")
+    corpus.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+
+
+def _evaluate(measure: str, **arguments) -> None:
+    from ..evaluation import run
+
+    getattr(run, measure)(**arguments)
+
+
+def _add_evaluate(commands) -> None:
+    evaluate = _add_command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "Measure what a model remembers, and for how long",
+        "recall --model ttt-omni-8b --talk talk.txt --output recall",
+    )
+    measures = evaluate.add_subparsers(required=True, metavar="MEASURE", dest="measure")
+    defaults = {"argument_default": argparse.SUPPRESS}  # the measure's own
+    recall = measures.add_parser(
+        "recall",
+        help="of facts told at the start",
+        description="Ask for facts told at the start, after other talk.",
+        **defaults,
+    )
+    recall.add_argument("--talk", required=True, metavar="FILE", help="text from which the other talk comes")
+    recall.add_argument(
+        "--facts", metavar="FILE", help='own facts, a line {"told": …, "question": …, "value": …} (default: ours)'
+    )
+    recall.add_argument("--distances", type=integers, metavar="N,N", help="tokens (default: 512 to 65536)")
+    recall.add_argument("--num-facts", type=int, metavar="N", help="told at a time (default: 8)")
+    recall.add_argument("--rounds", type=int, metavar="N", help="with other facts (default: 4)")
+    recall.add_argument(
+        "--held-out", action="store_true", help="kinds and wordings that make-recall-corpus leaves out"
+    )
+    perplexity = measures.add_parser(
+        "perplexity",
+        help="by position on a long text",
+        description="Read a long text, and tell how well each part is foreseen.",
+        **defaults,
+    )
+    perplexity.add_argument("--text", required=True, metavar="FILE", help="to read")
+    perplexity.add_argument("--length", type=int, metavar="N", help="tokens (default: 65536)")
+    for measure in (recall, perplexity):
+        measure.add_argument(
+            "--model", required=True, metavar="DIR_OR_REPO", help="any causal language model, or an adapter of one"
+        )
+        measure.add_argument("--output", required=True, metavar="DIR", help="new folder for JSON and PNG")
+        measure.add_argument("--conditions", type=words, metavar="A,B", help="model, window, … (default: all it has)")
+        measure.add_argument("--device", default="auto", help="cpu, cuda, … (default: an accelerator if there is one)")
+        measure.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: that of the files")
+
+
+def words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def integers(text: str) -> list[int]:
+    return [int(word) for word in words(text)]
 
 
 def _export(**arguments) -> None:

@@ -158,8 +158,9 @@ def convert_llama_omni(
         listen: whether a language model gets a speech projector, to be trained; it takes `whisper`.
         speak: number of speech units of the speech decoder, to be trained, that a language model gets.
         layers: layers to graft TTT into, as `"24-31"`, `"0,2,5-7"` or numbers; by default the upper quarter.
-        mode: `"hybrid"`, TTT beside attention behind a gate that starts at 0, or `"replace"`, TTT in its place, with
-            its rotary embedding, by the position in the mini-batch.
+        mode: `"hybrid"`, TTT beside attention behind a gate that starts at 0, with a gate per head and tokens that
+            may write nothing; or `"replace"`, TTT in its place, with its rotary embedding, by the position in the
+            mini-batch.
         ttt_type: inner model, `"linear"` or `"mlp"`, for all layers or one per layer of the model.
         mini_batch_size: tokens per inner mini-batch.
         attention_window: tokens that attention sees, in all layers, so that memory is bounded; by default all. The
@@ -416,6 +417,8 @@ def _grafted(
         text["layer_types"][layer] = hybrid if mode == "hybrid" else LAYER_TYPES[mode]
     if mode == "replace":
         text["ttt_rope_theta"] = text["rope_parameters"]["rope_theta"]
+    else:
+        text |= {"ttt_head_gate": True, "ttt_lr_activation": "hardsigmoid"}
     return TTTOmniConfig(**config.to_dict() | {"text_config": text, "speech_decoder_config": speech})
 
 

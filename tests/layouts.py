@@ -24,6 +24,13 @@ LAYERS = {
         "sliding_window": 9,
         "attention_sinks": 2,
     },
+    "gated": {
+        "layer_types": ["hybrid_sliding", "sliding_attention", "hybrid_sliding", "linear_attention"],
+        "sliding_window": 9,
+        "attention_sinks": 2,
+        "ttt_head_gate": True,
+        "ttt_lr_activation": "hardsigmoid",
+    },
     "ttt": {"layer_types": ["linear_attention"] * 4},
 }
 WITH_MLP = ("hybrid", "replace", "windowed", "ttt")
@@ -50,11 +57,11 @@ def pad(rows, side):
     return input_ids, attention_mask
 
 
-def text_model(layer_types, seed=0, **kwargs):
+def text_model(layer_types, seed=0, vocab_size=50, **kwargs):
     """A random language model of so many small layers."""
     torch.manual_seed(seed)
     config = TTTOmniTextConfig(
-        vocab_size=50,
+        vocab_size=vocab_size,
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=len(layer_types),

@@ -239,7 +239,9 @@ def test_modes_types_and_dtypes(goldens, parts, tmp_path, mode, ttt_type, dtype)
         for name in file.keys():
             expected = "F32" if any(part in name.split(".") for part in kept) else {"b": "BF16", "f": "F16"}[dtype[0]]
             assert file.get_slice(name).get_dtype() == expected, name
-    kept += ("lr_gate", "input_proj", "output_proj") if dtype == "float16" else ()  # as Transformers loads them
+    kept += (
+        ("head_gate", "lr_gate", "input_proj", "output_proj") if dtype == "float16" else ()
+    )  # as Transformers loads them
     for name, parameter in model.named_parameters():
         kept_in_float32 = any(part in name.split(".") for part in kept)
         assert parameter.dtype == (torch.float32 if kept_in_float32 else getattr(torch, dtype)), name
@@ -459,7 +461,8 @@ def test_parameters_of_the_real_sizes(tmp_path, tiny_model_dir):
     projector = (6400 * 2048 + 2048) + (2048 * 4096 + 4096)
     ttt_projections = 4 * 4096 * 4096 + 2 * 4096  # q, k, v and o of 32 heads; biases of q and k
     ttt_inner = 32 * (128 * 128 + 128) + 2 * 32 * 128 + 64  # W1 and b1, inner LayerNorm, token scale
-    ttt = ttt_projections + ttt_inner + (32 * 4096 + 32) + 2 * 4096 + 4096  # lr_gate, post_norm, output gate
+    gates = 2 * (32 * 4096 + 32) + 4096  # lr_gate and head_gate, and that of the channels
+    ttt = ttt_projections + ttt_inner + gates + 2 * 4096  # post_norm
     speech_layer = 4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096
     speech = (4096 * 4096 + 4096) + 2 * speech_layer + (4096 * 1001 + 1001)
     hifi_gan = (128 * 512 * 7 + 512) + (16 * 7 + 1)

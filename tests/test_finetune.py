@@ -493,6 +493,26 @@ def test_log_has_the_parts_of_the_loss(stage, tiny_model_dir, spoken_corpus, tmp
     assert evaluation["eval_loss"] == pytest.approx(lm_loss + weight * ctc_loss, rel=1e-4)
 
 
+def test_a_penalty_on_what_is_written(stage, tmp_path):
+    """The loss has the mean write strength times its weight, and a graft trained with it writes less."""
+    strengths = {}
+    for penalty in (0, 10):
+        words = ["--activation_checkpointing=false", f"--write_penalty={penalty}", "--logging_steps=1"]
+        trainer = train(stage, f"--output_dir={tmp_path / str(penalty)}", *words)
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        for entry in log:
+            added = penalty * entry.get("write_strength", 0)
+            assert entry["loss"] == pytest.approx(entry["lm_loss"] + added, rel=1e-3)
+        with stages.record_write_strengths(trainer.model) as found, torch.no_grad():
+            trainer.model(torch.arange(40)[None] + 10)
+        assert len(found) == 2 and found[0].shape == (1, 40, 4)
+        strengths[penalty] = torch.stack(found).mean()
+        assert ("write_strength" in log[0]) == (penalty > 0)
+    assert strengths[10] < 0.8 * strengths[0]
+    with pytest.raises(ValueError, match="`write_penalty` needs"):
+        parse(stage, f"--output_dir={tmp_path}", "--write_penalty=1")
+
+
 def test_evaluation_on_the_way(stage, spoken_corpus, tmp_path):
     words = ["--eval_strategy=steps", "--eval_steps=2", f"--eval_manifest={spoken_corpus}", f"--output_dir={tmp_path}"]
     trainer = train(stage, *words, "--load_best_model_at_end", "--metric_for_best_model=eval_lm_loss")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM
 
 
-ALL_LAYERS = pytest.mark.parametrize("layers", ["hybrid", "replace", "mixed", "windowed", "ttt"])
+ALL_LAYERS = pytest.mark.parametrize("layers", ["hybrid", "replace", "mixed", "windowed", "ttt", "gated"])
 properties = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

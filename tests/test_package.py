@@ -143,7 +143,7 @@ def test_the_lock_is_within_the_ranges():
     """And holds nothing but versions, which any machine's pip can take."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    names = ("gguf", "kernels", "quantize", "serve", "train", "test")
+    names = ("evaluate", "gguf", "kernels", "quantize", "serve", "train", "test")
     requirements = project["dependencies"] + [requirement for name in names for requirement in extras[name]]
     lock = read_lock()
     for requirement in map(Requirement, requirements):

@@ -47,7 +47,9 @@ def test_recommended_adapter(base):
         projections += [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
         expected |= {f"{prefix}{projection}.lora_{x}.weight" for projection in projections for x in "AB"}
         small = ["ttt.inner_model.W1", "ttt.inner_model.b1", "ttt_gate.weight", "ttt.token_scale.weight"]
-        small += [f"ttt.{x}.{y}" for x in ("inner_norm", "lr_gate", "post_norm") for y in ("weight", "bias")]
+        small += [
+            f"ttt.{x}.{y}" for x in ("head_gate", "inner_norm", "lr_gate", "post_norm") for y in ("weight", "bias")
+        ]
         expected |= {f"{prefix}{name}".replace(".W1", ".modules_to_save.W1") for name in small}
     trained = {name.replace(".modules_to_save", "") for name in trained}
     assert trained == {name.replace(".modules_to_save", "") for name in expected}

@@ -30,7 +30,7 @@ SKIP_NOTHING = {"llm_int8_skip_modules": ["nothing"]}  # a list of the user's ow
 # Nothing else is left, so that a model gets small.
 KEPT = {
     "lm_head",
-    *(f"model.language_model.layers.{index}.ttt.lr_gate" for index in (1, 2, 3)),
+    *(f"model.language_model.layers.{index}.ttt.{x}_gate" for index in (1, 2, 3) for x in ("head", "lr")),
     *(f"speech_decoder.{name}" for name in ("input_proj", "output_proj")),
     "vocoder.dur_predictor.proj",
 }
@@ -49,6 +49,7 @@ def make_model(**kwargs) -> TTTOmniForCausalLM:
         "ttt_layer_type": ["linear", "mlp", "linear", "linear"],
         "ttt_mini_batch_size": 16,
         "ttt_gate_init": 0.5,
+        "ttt_head_gate": True,
         "sliding_window": 16,
         "eos_token_id": 1,
     }
@@ -120,7 +121,7 @@ def test_what_quantisers_leave_has_the_dtype_of_the_model(folder, dtype):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     in_float32 = {name for name, x in model.named_parameters() if x.dtype == torch.float32}
     parts = ["ttt.inner_model.", "ttt.inner_norm.", "ttt.token_scale.", "ttt_gate.", "vocoder."]
-    parts += ["lr_gate.", "input_proj.", "output_proj."] if dtype == torch.float16 else []
+    parts += ["head_gate.", "lr_gate.", "input_proj.", "output_proj."] if dtype == torch.float16 else []
     assert in_float32 == {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
     assert {x.dtype for x in model.parameters()} == {dtype, torch.float32}
     output = model(INPUT_IDS, labels=LABELS, unit_labels=torch.arange(10)[None])

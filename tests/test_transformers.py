@@ -59,6 +59,7 @@ TAKEN = {
     "transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS": None,
     "transformers.modeling_rope_utils.dynamic_rope_update": "rope_forward",
     "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": None,
+    "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": None,
     "transformers.models.llama.modeling_llama.LlamaAttention": "config, layer_idx",
     "transformers.models.llama.modeling_llama.LlamaAttention.forward": (
         "hidden_states, position_embeddings, attention_mask, cache"

@@ -213,7 +213,7 @@ class ConversationDataset(Dataset):
 def _special_tokens(processor: TTTOmniProcessor) -> re.Pattern[str]:
     """What the tokenizer takes for a token of its own wherever it stands in a text, the audio's placeholder too."""
     added = processor.tokenizer.added_tokens_decoder.values()
-    tokens = {processor.audio_token} | {token.content for token in added if token.special}
+    tokens = {processor.audio_token} - {None} | {token.content for token in added if token.special}
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
 

@@ -54,6 +54,8 @@ class DistillationArguments(StageArguments):
             raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}.")
         if self.backpropagate_length is not None:
             raise ValueError("`backpropagate_length` has no meaning here: the parent reads a sequence as a whole.")
+        if self.write_penalty > 0:
+            raise ValueError("`write_penalty` has no meaning here: it is for `ttt-omni finetune`.")
 
 
 class DistillationTrainer(StageTrainer):

@@ -3,7 +3,8 @@
 
 import atexit
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
 
 from ..configuration_ttt_omni import TTTOmniConfig
+from ..layers_ttt_omni import TTTOmniTTT
 from ..modeling_ttt_omni import TTTOmniForCausalLM
 from ..processing_ttt_omni import TTTOmniProcessor
 from .arguments import StageParser, check_stage
@@ -60,6 +62,11 @@ class StageArguments:
         "those of the whole. Without activation checkpointing, which has no use for a cache.",
         default=None,
     )
+    write_penalty: float = HfArg(
+        help="Weight, beside the loss, of the mean share of `ttt_base_lr` with which tokens are learnt, so that only "
+        "what is asked for later is written into the memory. Without activation checkpointing.",
+        default=0.0,
+    )
     drop_audio_padding: bool = HfArg(
         help="Give no embeddings to the padding of speech to 30 s, other than the original.", default=False
     )
@@ -70,6 +77,8 @@ class StageArguments:
         for name in ("length", "rank", "loss_chunk_size", "backpropagate_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.write_penalty < float("inf"):
+            raise ValueError(f"`write_penalty` must be a number of at least 0, got {self.write_penalty}.")
         if self.backpropagate_length is not None and not self.packing:
             raise ValueError(
                 "`backpropagate_length` takes sequences one after the other, which needs `packing: true`."
@@ -148,7 +157,9 @@ class StageTrainer(Trainer):
             inputs.pop("unit_labels", None)
         else:  # where no answer was spoken too, as another process may run the speech decoder
             inputs.setdefault("unit_labels", inputs["labels"].new_empty(len(inputs["labels"]), 0))
-        outputs = model(**inputs)
+        is_penalised = self.stage.write_penalty > 0
+        with record_write_strengths(model) if is_penalised else nullcontext() as strengths:
+            outputs = model(**inputs)
         parts = {"lm_loss": outputs.lm_loss}
         if self.stage.loss != "lm":
             parts["ctc_loss"] = outputs.ctc_loss
@@ -166,6 +177,11 @@ class StageTrainer(Trainer):
             loss = parts["lm_loss"] + config.ctc_loss_weight * parts["ctc_loss"]
         else:
             loss = parts[f"{self.stage.loss}_loss"]
+        if is_penalised:
+            strength = torch.stack([x.mean() for x in strengths]).mean()
+            strength = strength / (self.current_gradient_accumulation_steps if model.training else 1)
+            self._note({"write_strength": strength})
+            loss = loss + self.stage.write_penalty * strength
         return (loss, outputs) if return_outputs else loss
 
     def _note(self, parts: Mapping[str, torch.Tensor]) -> None:
@@ -189,6 +205,22 @@ class StageTrainer(Trainer):
         super().log(logs, start_time)
 
 
+@contextmanager
+def record_write_strengths(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """The write strengths `[B, T, H]` of each TTT layer in each forward pass of the body."""
+    strengths = []
+    handles = [
+        module.register_forward_pre_hook(lambda ttt, args: strengths.append(ttt.write_strength(args[0])))
+        for module in model.modules()
+        if isinstance(module, TTTOmniTTT)
+    ]
+    try:
+        yield strengths
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def count_labels(labels: torch.Tensor | None) -> int:
     """Number of labels other than -100."""
     return 0 if labels is None else int((labels != -100).sum())
@@ -200,6 +232,8 @@ def parse(words: list[str]) -> tuple[StageArguments, TrainingArguments]:
     stage, arguments = parser.parse(words)
     if stage.backpropagate_length is not None and arguments.activation_checkpointing:
         raise ValueError("`backpropagate_length` needs `activation_checkpointing: false`: its pieces pass on a cache.")
+    if stage.write_penalty > 0 and arguments.activation_checkpointing:
+        raise ValueError("`write_penalty` needs `activation_checkpointing: false`.")
     if stage.backpropagate_length is not None and arguments.world_size > 1:
         if arguments.per_device_train_batch_size > 1:
             raise ValueError("`backpropagate_length` on several processes needs `per_device_train_batch_size: 1`.")

@@ -1,0 +1,150 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+"""The same model with and without its parts, and what it takes to run any other through the same measurement."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..cache_ttt_omni import add_ttt_layers
+from ..configuration_ttt_omni import SLIDING_LAYER_TYPES
+from ..layers_ttt_omni import TTTOmniTTT
+from ..loading import find_device
+from ..modeling_ttt_omni import TTTOmniForCausalLM
+from ..training.distillation import make_parent
+
+
+CHUNK_SIZE = 512  # tokens of a pass
+# What is compared, and in which words.
+CONDITIONS = {
+    "model": "the model as it is",
+    "window": "without TTT",
+    "ring": "without TTT and sinks",
+    "full": "full attention",
+}
+
+
+def load(
+    model: str | os.PathLike, dtype: str = "auto", device: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    Any causal language model that Transformers loads, or an adapter of one, and its tokenizer.
+
+    Raises:
+        ValueError, OSError: if there is none.
+    """
+    kwargs = {"dtype": dtype, "device_map": find_device(device)}
+    if not Path(model, "adapter_config.json").is_file():
+        found = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        return found.eval(), AutoTokenizer.from_pretrained(model)
+    from peft import PeftConfig, PeftModel  # an optional dependency
+
+    base = PeftConfig.from_pretrained(model).base_model_name_or_path
+    found = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), model)
+    if dtype == "auto":
+        kwargs["dtype"] = AutoConfig.from_pretrained(base).dtype
+    with TemporaryDirectory() as folder:  # merged in float32, and then rounded where a saved model is
+        found.merge_and_unload().save_pretrained(folder)
+        found = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    return found.eval(), AutoTokenizer.from_pretrained(base)
+
+
+def conditions_of(model: PreTrainedModel) -> list[str]:
+    """Those of `CONDITIONS` in which it can run."""
+    if not isinstance(model, TTTOmniForCausalLM):
+        return ["model"]
+    layer_types = set(model.config.text_config.layer_types)
+    if "linear_attention" in layer_types:
+        return ["model"]
+    is_sliding = bool(layer_types & set(SLIDING_LAYER_TYPES))
+    return ["model", "window", "ring", "full"] if is_sliding else ["model", "window"]
+
+
+@contextmanager
+def under(condition: str, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """
+    The model in one of its conditions, which it leaves again.
+
+    Raises:
+        ValueError: for another.
+    """
+    if condition not in conditions_of(model):
+        known = ", ".join(conditions_of(model))
+        raise ValueError(f"{condition!r} is no condition of this model: choose from {known}.")
+    if condition == "full":
+        yield make_parent(model)
+        return
+    if condition == "model":
+        yield model
+        return
+    text_model = model.model.language_model
+    sinks = text_model.config.attention_sinks
+    configs = {id(config): config for config in (model.config.text_config, text_model.config)}.values()
+    gates = [layer.ttt_gate for layer in text_model.layers if hasattr(layer, "ttt_gate")]
+    handles = [gate.register_forward_hook(lambda *args: torch.zeros_like(args[-1])) for gate in gates]
+    if condition == "ring":
+        _set_sinks(text_model, configs, 0)
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+        _set_sinks(text_model, configs, sinks)
+
+
+def _set_sinks(text_model: nn.Module, configs, sinks: int) -> None:
+    for config in configs:
+        config.attention_sinks = sinks
+    if text_model.has_sliding_layers:
+        text_model.sliding_rotary_emb.max_distance = text_model.config.sliding_window + sinks - 1
+
+
+def state_alone(model: PreTrainedModel, cache: Cache) -> Cache:
+    """A cache with the TTT states of `cache`, and nothing that attention could see."""
+    alone = DynamicCache()
+    add_ttt_layers(alone, model.config.get_text_config())
+    for layer, old in zip(alone.layers, cache.layers):
+        layer.ttt_state = None if old.ttt_state is None else old.ttt_state.clone()
+    return alone
+
+
+def has_ttt(model: PreTrainedModel) -> bool:
+    """Whether there is a state that could be alone."""
+    return any(isinstance(module, TTTOmniTTT) for module in model.modules())
+
+
+def max_length(model: PreTrainedModel, condition: str) -> float:
+    """Tokens that it is made for; more have a meaning only where every layer has a window, or TTT alone."""
+    text = model.config.get_text_config()
+    layer_types = set(getattr(text, "layer_types", None) or ["full_attention"])
+    is_bounded = not layer_types & {"full_attention", "hybrid"}
+    if isinstance(model, TTTOmniForCausalLM) and condition != "full" and is_bounded:
+        return float("inf")
+    return getattr(text, "max_position_embeddings", None) or float("inf")
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, token_ids: list[int], cache: Cache) -> torch.Tensor:
+    """The logits `[V]` after `token_ids`, which `cache` takes up piece by piece."""
+    ids = torch.tensor([token_ids], device=model.device)
+    for piece in ids.split(CHUNK_SIZE, dim=1):
+        logits = model(input_ids=piece, cache=cache, use_cache=True, logits_to_keep=1).logits
+    return logits[0, -1]
+
+
+def empty_cache(model: PreTrainedModel) -> Cache:
+    """One to begin with."""
+    return DynamicCache(config=model.config)

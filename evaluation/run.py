@@ -1,0 +1,62 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+"""`ttt-omni evaluate`: what a model remembers, as a table, and as JSON and PNG in a folder."""
+
+import os
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+from ..files_ttt_omni import new_folder
+from .conditions import load
+from .facts import read_facts
+from .perplexity import evaluate_perplexity
+from .recall import evaluate_recall
+from .report import plot, table, write
+
+
+def recall(
+    model: str,
+    talk: str,
+    output: str | os.PathLike,
+    facts: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    **kwargs: Any,
+) -> None:
+    """`ttt-omni evaluate recall`; the further arguments are those of [`evaluate_recall`]."""
+    own_facts = None if facts is None else read_facts(facts)
+    with _folder(output) as folder:
+        found, tokenizer = load(model, dtype, device)
+        rows = evaluate_recall(found, tokenizer, talk, own_facts=own_facts, **kwargs)
+        print(table(rows, "distance", "recall", "{:.0%}"))
+        write(folder, "recall", _about(model) | {"facts": facts, "talk": str(talk), **kwargs, "rows": rows})
+        plot(rows, folder / "recall.png", "distance", {"recall": "right answers"}, chance="chance")
+
+
+def perplexity(
+    model: str,
+    text: str,
+    output: str | os.PathLike,
+    dtype: str = "auto",
+    device: str = "auto",
+    **kwargs: Any,
+) -> None:
+    """`ttt-omni evaluate perplexity`; the further arguments are those of [`evaluate_perplexity`]."""
+    with _folder(output) as folder:
+        found, tokenizer = load(model, dtype, device)
+        rows = evaluate_perplexity(found, tokenizer, text, **kwargs)
+        print(table(rows, "last", "perplexity", "{:.2f}"))
+        write(folder, "perplexity", _about(model) | {"text": str(text), **kwargs, "rows": rows})
+        panels = {"perplexity": "perplexity", "state_norm": "norm of the state"}
+        panels = {name: label for name, label in panels.items() if any(row[name] is not None for row in rows)}
+        plot(rows, folder / "perplexity.png", "last", panels, chance=None)
+
+
+def _folder(output: str | os.PathLike):
+    if find_spec("matplotlib") is None:  # known before minutes are spent
+        raise ImportError("The picture needs Matplotlib: pip install 'ttt-omni[evaluate]'.")
+    return new_folder(output)
+
+
+def _about(model: str) -> dict[str, str]:
+    return {"model": str(model), **{name: version(name) for name in ("torch", "transformers")}}

@@ -1,0 +1,357 @@
+# Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
+"""`ttt-omni evaluate`, on models whose right answer is known, and the corpus that demands recall."""
+
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from layouts import text_model, write_tokenizer
+from peft import get_peft_model
+from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM, TTTOmniProcessor, ttt_lora_config
+from ttt_omni.commands.cli import main
+from ttt_omni.conversion import convert_llama_omni
+from ttt_omni.evaluation import recall
+from ttt_omni.evaluation.conditions import conditions_of, load, max_length, read, state_alone, under
+from ttt_omni.evaluation.corpus import HEARD, REMEMBERED, make_recall_corpus
+from ttt_omni.evaluation.facts import HELD_OUT_KINDS, KINDS, Fact, draw_facts, read_facts
+from ttt_omni.evaluation.layers import as_ranges, attention_to_facts, retrieving_layers
+from ttt_omni.evaluation.perplexity import evaluate_perplexity
+from ttt_omni.training import ConversationDataset
+
+
+TALK = "It rained all day. Nobody went out.\nThe cat slept on the chair, and the soup was cold! Was it late?\n" * 20
+WINDOW = {"sliding_window": 6, "attention_sinks": 2}
+HYBRID = ["sliding_attention", "hybrid_sliding", "hybrid_sliding"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def talk(tmp_path):
+    (tmp_path / "talk.txt").write_text(TALK)
+    return tmp_path / "talk.txt"
+
+
+class Listener(torch.nn.Module):
+    """It reads its cache as text: `respond` says what follows the stem, of the fact asked for and all of the facts."""
+
+    device = torch.device("cpu")
+    config = LlamaConfig(num_hidden_layers=1, max_position_embeddings=10**6)
+
+    def __init__(self, tokenizer, facts, respond):
+        super().__init__()
+        self.tokenizer, self.facts, self.respond = tokenizer, facts, respond
+
+    def forward(self, input_ids, cache, **kwargs):
+        keys = input_ids.double()[:, None, :, None]
+        keys, _ = cache.update(keys, keys, 0)
+        text, _, said = self.tokenizer.decode(keys.flatten().long()).rpartition("<|im_start|>assistant\n")
+        fact = next((fact for fact in self.facts if f"user\n{fact.question}<" in text), None)
+        answer = "" if fact is None else f"{fact.stem} {self.respond(text, fact, self.facts)}"
+        following = self.tokenizer(answer[len(said) :] + "<|im_end|>", add_special_tokens=False)["input_ids"][0]
+        logits = torch.nn.functional.one_hot(torch.tensor([[following]]), len(self.tokenizer)).float()
+        return SimpleNamespace(logits=logits)
+
+
+@pytest.fixture
+def listen(tokenizer, talk, monkeypatch):
+    """The rows of a listener's evaluation."""
+
+    def draw(*args, **kwargs):
+        facts[:] = draw_facts(*args, **kwargs)
+        return list(facts)
+
+    def evaluate(respond, **kwargs):
+        model = Listener(tokenizer, facts, respond)
+        kwargs = {"num_facts": 6, "rounds": 4, "conditions": ["model"]} | kwargs
+        rows = recall.evaluate_recall(model, tokenizer, talk, distances=(900, 200), **kwargs)
+        assert [row["distance"] for row in rows] == [200, 900] and {row["asked"] for row in rows} == {24}
+        return rows
+
+    facts = []
+    monkeypatch.setattr(recall, "draw_facts", draw)
+    return evaluate
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_who_remembers_all_is_right(listen, held_out):
+    def respond(text, fact, facts):
+        assert fact.told in text  # or else nobody could know
+        return fact.value
+
+    for row in listen(respond, held_out=held_out):
+        assert row["recall"] == 1 and set(row["kinds"].values()) == {1}
+        assert row["shuffled"] < 0.3 and row["chance"] < 0.3
+
+
+def test_nothing_is_told_where_nothing_is_told(listen):
+    def respond(text, fact, facts):
+        assert fact.told not in text
+        return "tiger"
+
+    listen(respond, conditions=["nothing told"])
+
+
+def test_who_always_says_the_same_is_right_by_chance(listen):
+    values = []
+    listen(lambda text, fact, facts: values.append(fact.value) or fact.value)
+    for word in (max(sorted(set(values)), key=values.count), "tiger"):
+        for row in listen(lambda *args, word=word: word):
+            assert row["recall"] <= row["chance"] < 0.3
+            assert row["recall"] == row["chance"] or word == "tiger"
+
+
+def test_who_confuses_the_facts_is_right_by_chance(listen):
+    for row in listen(lambda text, fact, facts: facts[(facts.index(fact) + 1) % len(facts)].value):
+        assert row["shuffled"] == 1 and row["recall"] < 0.3
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"distances": [0]}, "`distances` must be at least 1 token"),
+        ({"distances": [2 * 10**6]}, "made for fewer tokens than the distance of 2000000"),
+        ({"rounds": 0}, "`rounds` must be at least 1"),
+        ({"num_facts": 1000}, "no 1000 facts"),
+        ({"conditions": ["state"]}, "'state' is no condition of this model: choose from model, nothing told"),
+    ],
+)
+def test_what_will_not_do(tokenizer, talk, kwargs, message):
+    model = Listener(tokenizer, [], None)
+    with pytest.raises(ValueError, match=message):
+        recall.evaluate_recall(model, tokenizer, talk, **{"distances": [9], **kwargs})
+
+
+def test_a_value_is_whole_words():
+    assert recall.says("It is TIGER.", "tiger") and recall.says("in New\n York", "New York")
+    assert not recall.says("tigers", "tiger") and not recall.says("124", "12")
+
+
+def test_one_prefill_is_as_good_as_one_for_each_question(talk, tokenizer):
+    """Questions are asked on copies: what is asked before changes no answer."""
+    model = text_model(HYBRID, vocab_size=len(tokenizer), ttt_gate_init=0.7, **WINDOW)
+    wording, facts = recall.Wording(tokenizer), draw_facts(random.Random(0), 3)
+    cache = DynamicCache(config=model.config)
+    read(model, wording.turn("Hello.", "Hello.", is_first=True), cache)
+    answers = [recall._answer(model, wording, fact, facts, cache, "model") for fact in facts]
+    assert answers[::-1] == [recall._answer(model, wording, fact, facts, cache, "model") for fact in facts[::-1]]
+
+
+def test_conditions():
+    """Each is what it says, and none is left behind."""
+    model = text_model(HYBRID, ttt_gate_init=0.7, **WINDOW)
+    ids = torch.arange(40) * 7 % 50
+
+    def logits(current):
+        with torch.no_grad():
+            return current(ids[None], use_cache=False).logits
+
+    assert conditions_of(model) == ["model", "window", "ring", "full"]
+    before = logits(model)
+    others = {}
+    for condition in conditions_of(model):
+        with under(condition, model) as current:
+            others[condition] = logits(current)
+    assert torch.equal(others.pop("model"), before) and torch.equal(logits(model), before)
+    for layers, condition, kwargs in (
+        (["sliding_attention"] * 3, "window", WINDOW),
+        (["sliding_attention"] * 3, "ring", WINDOW | {"attention_sinks": 0}),
+        (["full_attention"] * 3, "full", {}),
+    ):
+        alone = text_model(layers, **kwargs)
+        alone.load_state_dict({name: x for name, x in model.state_dict().items() if ".ttt" not in name})
+        torch.testing.assert_close(others[condition], logits(alone))
+    assert not torch.allclose(others["window"], others["ring"])
+    assert max_length(model, "window") == float("inf") and max_length(model, "full") == 131072
+    with pytest.raises(ValueError, match="choose from model"), under("ring", text_model(["linear_attention"])):
+        pass
+
+
+def test_state_alone():
+    """It is all that is left: the same where nothing but the state can know, and not where attention does."""
+    ids = [i * 7 % 50 for i in range(21)]
+    for layers, is_state in ((["linear_attention"] * 2, True), (HYBRID, False)):
+        model = text_model(layers, ttt_gate_init=0.7, **WINDOW)
+        cache = DynamicCache(config=model.config)
+        read(model, ids, cache)
+        alone, fresh = state_alone(model, cache), DynamicCache(config=model.config)
+        assert all(layer.get_seq_length() == 0 for layer in alone.layers)
+        found = [read(model, [5, 6, 7], each) for each in (cache, alone, fresh)]
+        assert torch.allclose(found[0], found[1], atol=1e-5) == is_state
+        assert not torch.allclose(found[1], found[2], atol=1e-3)
+
+
+def test_perplexity(talk, tokenizer):
+    """That of one pass over the whole, stretch by stretch, and the norm of the state at its end."""
+    model = text_model(HYBRID, vocab_size=len(tokenizer), ttt_gate_init=0.7, **WINDOW)
+    rows = evaluate_perplexity(model, tokenizer, talk, length=700)
+    ids = torch.tensor([tokenizer(TALK)["input_ids"][:700]])
+    for condition in conditions_of(model):
+        found = [row for row in rows if row["condition"] == condition]
+        assert [(row["first"], row["last"]) for row in found] == [(1, 512), (513, 699)]
+        with under(condition, model) as current, torch.no_grad():
+            logits = current(ids, use_cache=False).logits[0]
+        losses = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
+        for row in found:
+            expected = losses[row["first"] - 1 : row["last"]].mean().exp().item()
+            assert row["perplexity"] == pytest.approx(expected, rel=1e-4)
+            assert (row["state_norm"] is None) == (condition == "full")
+    norms = [row["state_norm"] for row in rows if row["condition"] == "model"]
+    assert norms[0] < norms[1]
+
+
+def test_facts():
+    """No question has two answers, what is held out is held out, and what is changed has another value."""
+    for seed in range(200):
+        draw = random.Random(seed)
+        facts = draw_facts(draw, 8, changes=2)
+        told, changed = facts[:8], facts[8:]
+        assert len({(fact.kind, fact.question, fact.stem) for fact in told}) == 8
+        for old, new in zip(told, changed):
+            assert old.kind == new.kind and (old.value != new.value or old.kind in ("day", "month"))
+        held_out = draw_facts(draw, 8, held_out=True)
+        trained = {kind.name: kind for kind in KINDS}
+        for fact in (*told, *changed, *held_out):
+            assert recall.says(fact.told, fact.value) and not recall.says(fact.question + fact.stem, fact.value)
+        for fact in told:
+            patterns = [text.split("{")[0] for text in trained[fact.kind].told[:-1]]
+            assert any(fact.told.startswith(pattern) for pattern in patterns)
+    assert not {kind.name for kind in KINDS} & {kind.name for kind in HELD_OUT_KINDS}
+    assert len(draw_facts(random.Random(0), 128)) == 128
+    with pytest.raises(ValueError, match="no 1000 facts"):
+        draw_facts(random.Random(0), 1000)
+
+
+def test_corpus(talk, tmp_path):
+    """The same at each run; its answers are of what was told, and nothing of what is held out is in it."""
+    manifest = tmp_path / "recall.jsonl"
+    make_recall_corpus(manifest, talk, conversations=300, words=30)
+    again = tmp_path / "again.jsonl"
+    make_recall_corpus(again, talk, conversations=300, words=30)
+    assert manifest.read_bytes() == again.read_bytes()
+    records = [json.loads(line) for line in manifest.read_text().splitlines()]
+    corrected = 0
+    for record in records:
+        texts = [turn["value"] for turn in record["conversations"]]
+        answers = [text for text in texts[1::2] if text not in (*REMEMBERED, *HEARD)]
+        told = " ".join(texts[0 : len(texts) - 2 * len(answers) : 2])
+        assert answers and all(recall.says(told, answer.rstrip(".").split()[-1]) for answer in answers)
+        corrected += any(start in text for text in texts for start in ("changed: ", "before: ", "correct that: "))
+    assert 0.1 < corrected / len(records) < 0.4
+    spoken = [turn["value"] for turn in records[-1]["conversations"]]
+    write_graft(tmp_path)
+    processor, config = (cls.from_pretrained(tmp_path / "graft") for cls in (TTTOmniProcessor, TTTOmniConfig))
+    dataset = ConversationDataset(manifest, processor, config)
+    labels = dataset[len(records) - 1]["labels"]
+    learnt = dataset.processor.tokenizer.decode(labels[labels != -100])
+    assert learnt == "".join(f"{answer}<|im_end|>" for answer in spoken[1::2])
+    text = manifest.read_text()
+    for kind in KINDS:
+        assert kind.asked[-1][0].split("{")[0] not in text
+    for word in ("plays the", "ordered a glass", "as a present"):
+        assert word not in text
+
+
+def write_graft(folder) -> None:
+    """A small one that neither hears nor speaks, in `folder / "graft"`."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(folder / "llama")
+    write_tokenizer(folder / "llama")
+    convert_llama_omni(folder / "llama", folder / "graft", layers="0")
+
+
+def test_an_adapter_is_merged(tmp_path):
+    write_graft(tmp_path)
+    model = TTTOmniForCausalLM.from_pretrained(tmp_path / "graft", dtype=torch.float32)
+    model = get_peft_model(model, ttt_lora_config(model, rank=2))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+        loaded, tokenizer = load(tmp_path / "adapter", dtype="float32", device="cpu")
+        torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    rounded, _ = load(tmp_path / "adapter", device="cpu")  # the graft is in bfloat16
+    ttt = rounded.model.language_model.layers[0].ttt
+    assert (ttt.q_proj.weight.dtype, ttt.inner_model.W1.dtype) == (torch.bfloat16, torch.float32)
+    assert len(tokenizer) == len(load(tmp_path / "graft", device="cpu")[1])
+
+
+def test_facts_of_ones_own(tmp_path):
+    path = tmp_path / "facts.jsonl"
+    path.write_text('{"told": "I am Bo.", "question": "Who am I?", "value": "Bo"}\n\n')
+    assert read_facts(path) == [Fact("I am Bo.", "Who am I?", "", "Bo", "own")]
+    for bad in ("[]", "{", '{"told": "x"}', '{"told": "x", "question": "y", "value": 3}', '{"answer": ""}'):
+        path.write_text('{"told": "I am Bo.", "question": "Who am I?", "value": "Bo"}\n' + bad)
+        with pytest.raises(ValueError, match="line 2: a fact is"):
+            read_facts(path)
+
+
+def test_command_on_a_model_of_transformers(tokenizer, talk, tmp_path, capsys):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    words = ["evaluate", "recall", "--model", tmp_path / "llama", "--talk", talk, "--output", tmp_path / "out"]
+    words += ["--distances", "64,300,5000", "--num-facts", "2", "--rounds", "1"]
+    main([str(word) for word in words])
+    assert "| the model as it is | 0% | 0% |" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "recall.json").read_text())
+    assert {(row["condition"], row["distance"]) for row in result["rows"]} == {
+        (condition, distance) for condition in ("model", "nothing told") for distance in (64, 300)
+    }  # 5,000 tokens are more than it is made for
+    assert (tmp_path / "out" / "recall.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(SystemExit):
+        main([str(word) for word in [*words, "--output", tmp_path / "none", "--conditions", "window"]])
+    assert "choose from model, nothing told" in capsys.readouterr().err
+
+
+def test_layers_that_look_back(tokenizer):
+    """Attention to the value as it was told counts, and nothing else."""
+
+    class Looking(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, input_ids, **kwargs):
+            told, _, asked = tokenizer.decode(input_ids[0]).partition("<|im_start|>assistant")
+            fact = next(fact for fact in facts if f"user\n{fact.question}<" in asked)
+            start = told.index(fact.told) + fact.told.rindex(fact.value)
+            start = len(tokenizer(told[:start], add_special_tokens=False)["input_ids"])
+            looked = torch.zeros(3, 1, 2, *2 * input_ids.shape[1:])  # [layers, B, H, T, T]
+            looked[0, :, :, -2] = looked[1, 0, :, -1, start - 1] = 1
+            looked[2, 0, :, -1, start : start + len(fact.value)] = 0.6 / len(fact.value)
+            looked[1, 0, 1, -1, start] = 0.5
+            return SimpleNamespace(attentions=tuple(looked))
+
+    facts = draw_facts(random.Random("0 0"), 12)
+    attention = attention_to_facts(Looking(), tokenizer, rounds=1)
+    assert attention == pytest.approx([0, 0.5, 1.2])
+    assert retrieving_layers(attention) == [1, 2] and retrieving_layers([0.3, 1, 0]) == [1]
+    assert as_ranges([18, 20, 21, 22, 24]) == "18,20-22,24"
+
+
+def test_convert_where_a_model_looks_back(tmp_path, capsys):
+    write_graft(tmp_path)
+    words = ["convert", "--source", tmp_path / "llama", "--output", tmp_path / "out", "--layers", "auto"]
+    main([str(word) for word in words])
+    assert "It looks back at what it was told in the layers 0." in capsys.readouterr().err
+    assert TTTOmniConfig.from_pretrained(tmp_path / "out").text_config.layer_types == ["hybrid"]
+    config = json.loads((tmp_path / "llama" / "config.json").read_text()) | {"model_type": "omni_speech_llama"}
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        main([str(word) for word in [*words, "--output", tmp_path / "none"]])
+    assert "`--layers auto` needs a language model" in capsys.readouterr().err
