@@ -179,7 +179,7 @@ def main() -> None:
         steps=arguments.steps,
         lr=arguments.lr,
         evaluate=evaluate,
-        evaluate_every=250,
+        evaluate_every=200,
     )
     if not (arguments.folder / "understood").exists():
         with new_folder(arguments.folder / "understood") as folder:
