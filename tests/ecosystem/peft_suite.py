@@ -9,12 +9,12 @@ They are in the source release of PEFT, which is downloaded from PyPI in the ver
 modules for its type, those of Llama are set for it (LoRA's are its own).
 
 Three kinds of adapters fail: Shadow takes no model whose text configuration is a part of its configuration, BEFT
-cannot merge into a layer without bias (where the model is a Llama, its tests are skipped), and a tuned prefix is a cache
-of attention alone, which a model refuses whose memory has not seen these tokens. PEFT 0.21 does not know Transformers
-5.24's `cache` either: where it generates from a tuned prompt (CPT, prompt encoder, prompt tuning), mask and inputs no
-longer agree, which we refuse, and which gives a Llama other tokens. And LoRA of some layers (`layers_to_transform`)
-without `target_modules` fails to load again, as the default that a model brings with it is a pattern, beside which
-PEFT takes no layers: name `target_modules` there. In all other tests nothing fails.
+cannot merge into a layer without bias (where the model is a Llama, its tests are skipped), and a tuned prefix is a
+cache of attention alone, which a model refuses whose memory has not seen these tokens. PEFT 0.21 does not know
+Transformers 5.24's `cache` either: where it generates from a tuned prompt (CPT, prompt encoder, prompt tuning), mask
+and inputs no longer agree, which we refuse, and which gives a Llama other tokens. And LoRA of some layers
+(`layers_to_transform`) without `target_modules` fails to load again, as the default that a model brings with it is a
+pattern, beside which PEFT takes no layers: name `target_modules` there. In all other tests nothing fails.
 """
 
 import argparse
