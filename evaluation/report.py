@@ -50,6 +50,7 @@ def plot(rows: list[dict[str, Any]], path: Path, column: str, panels: dict[str, 
             found = [row for row in rows if row["condition"] == rows[0]["condition"]]
             points = [row[column] for row in found], [row[chance] for row in found]
             axes.plot(*points, color="grey", linestyle=":", label="always the same answer")
+            axes.set_ylim(-0.02, 1.02)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted({row[column] for row in rows}))
         axes.xaxis.set_major_formatter("{x:,.0f}")
