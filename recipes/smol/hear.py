@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("features", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=2e-3)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)

@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("features", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=480)
     parser.add_argument("--lr", type=float, default=5e-4)
     arguments = parser.parse_args()
     config = TTTOmniConfig.from_pretrained(arguments.model)
