@@ -76,7 +76,8 @@ def main() -> None:
     figures["between_answers"] = similarity(encoder, [answers[index] for index in enough], rate)
     figures["of_the_voice_itself"] = similarity(encoder, [voices.joe()(said[index])[0] for index in enough], rate)
 
-    texts = [record["conversations"][1]["value"] for record in read_corpus(arguments.texts) if "word" not in record]
+    records = [r for r in read_corpus(arguments.texts) if r["split"] != "spelling" and "word" not in r]
+    texts = [record["conversations"][1]["value"] for record in records]
     samples, text = say_on(model, processor, texts[:400], 60 * arguments.minutes, rate)
     soundfile.write(arguments.folder / "long-answer.wav", samples, rate)
     minutes = [samples[start : start + 60 * rate] for start in range(0, len(samples) - 50 * rate, 60 * rate)]

