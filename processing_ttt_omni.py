@@ -142,9 +142,9 @@ class TTTOmniProcessor(ProcessorMixin):
             By default LLaMA-Omni's prompt, for the tokenizer of Llama 3.
         speech_instruction (`str`, *optional*):
             The text that the model was trained to see beside a question in speech; by default LLaMA-Omni's.
-        drop_audio_padding (`bool`, defaults to `False`):
-            Whether the model was trained without embeddings for the padding of a window that speech fills only in
-            part; LLaMA-Omni was trained with.
+        embed_audio_padding (`bool`, defaults to `True`):
+            Whether the model was trained with embeddings for the padding of a window that speech fills only in part,
+            as LLaMA-Omni was; where not, `drop_audio_padding` is the default of `__call__`.
         output_sampling_rate (`int`, defaults to 16000):
             That of the model's speech, its vocoder's.
     """
@@ -161,7 +161,7 @@ class TTTOmniProcessor(ProcessorMixin):
         audio_downsample: int = 5,
         chat_template: str | None = None,
         speech_instruction: str = SPEECH_INSTRUCTION,
-        drop_audio_padding: bool = False,
+        embed_audio_padding: bool = True,
         output_sampling_rate: int = 16000,
     ):
         if audio_downsample < 1:
@@ -172,7 +172,7 @@ class TTTOmniProcessor(ProcessorMixin):
             raise ValueError(f"`audio_token` {audio_token!r} is not in the tokenizer's vocabulary.")
         self.audio_downsample = audio_downsample
         self.speech_instruction = speech_instruction
-        self.drop_audio_padding = drop_audio_padding
+        self.embed_audio_padding = embed_audio_padding
         self.output_sampling_rate = output_sampling_rate
         self.auto_map = {"AutoProcessor": "processing_ttt_omni.TTTOmniProcessor"}  # loading drops the saved one
         tokenizer.padding_side = "left"
@@ -370,7 +370,7 @@ class TTTOmniProcessor(ProcessorMixin):
             `input_features` `[1, n_mels, 3000]`, and with `drop_audio_padding` `input_features_mask` `[1, 3000]`.
         """
         if drop_audio_padding is None:
-            drop_audio_padding = self.drop_audio_padding
+            drop_audio_padding = not self.embed_audio_padding
         sampling_rate_of_model = self.feature_extractor.sampling_rate
         blocks = read_audio(audio, sampling_rate_of_model, sampling_rate)
         for window in audio_windows(blocks, self.feature_extractor.n_samples):

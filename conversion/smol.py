@@ -112,7 +112,7 @@ def _plan(source: Path, whisper, parts: Path, attention_window: int | None, dtyp
     if DEFAULT_SYSTEM_PROMPT not in processor.chat_template:
         raise ConversionError(f"{source}: the chat template is not that of SmolLM2-135M-Instruct.")
     processor.chat_template = processor.chat_template.replace(DEFAULT_SYSTEM_PROMPT, values["system_prompt"])
-    processor.speech_instruction, processor.drop_audio_padding = "", True
+    processor.speech_instruction, processor.embed_audio_padding = "", False
     processor.output_sampling_rate = vocoder.sampling_rate
     return conversion
 

@@ -227,7 +227,7 @@ def test_long_audio_is_many_windows_as_the_original_makes_one(processor):
 
 
 def test_what_the_model_was_trained_on_is_the_default(tmp_path):
-    make_processor(chunk_length=1, drop_audio_padding=True, output_sampling_rate=22050).save_pretrained(tmp_path)
+    make_processor(chunk_length=1, embed_audio_padding=False, output_sampling_rate=22050).save_pretrained(tmp_path)
     processor = TTTOmniProcessor.from_pretrained(tmp_path)
     conversation = user(audio_item(noise(4000), sampling_rate=16000))
     inputs = tokenize(processor, [conversation])

@@ -203,7 +203,7 @@ class ConversationDataset(Dataset):
         extractor = self.processor.feature_extractor
         starts = torch.arange(0, samples, extractor.n_samples)
         windows = (samples - starts).clamp(max=extractor.n_samples)  # samples of each
-        if not self.processor_kwargs.get("drop_audio_padding", self.processor.drop_audio_padding):
+        if not self.processor_kwargs.get("drop_audio_padding", not self.processor.embed_audio_padding):
             windows[:] = extractor.n_samples
         mel_frames = -(-windows // extractor.hop_length)  # [W]
         mask = torch.arange(extractor.nb_max_frames) < mel_frames[:, None]  # [W, 3000]
