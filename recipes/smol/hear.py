@@ -116,6 +116,32 @@ def ctc_loss(
     return nn.functional.ctc_loss(log_probs, 1 + targets[: lengths[1].sum()], *lengths, zero_infinity=True)
 
 
+class Spelling:
+    """What is said in those recordings that are long enough for their words, and how well that is heard."""
+
+    def __init__(self, features: Features, tokenizer, tokens: list[int] | None = None):
+        """`tokens`: those that may be said; by default all that are."""
+        ids = {i: tokenizer(features.text(i), add_special_tokens=False)["input_ids"] for i in features.said}
+        self.features = features
+        self.tokens = tokens or sorted({token for said in ids.values() for token in said})
+        number = {token: index for index, token in enumerate(self.tokens)}
+        self.targets = {
+            index: torch.tensor([number[token] for token in said])
+            for index, said in ids.items()
+            if len(said) + 2 < min(len(states) for copies in features.of[index].values() for states in copies)
+        }
+
+    def loss(
+        self, ear: Normalized, speller: Speller, size: int, draw: random.Random
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of `size` recordings, drawn anew each time; and what the ear makes of them, `[size, n, hidden]`."""
+        chosen = draw.sample(list(self.targets), min(size, len(self.targets)))
+        frames = [self.features.draw(index, draw) for index in chosen]
+        embeddings = ear(pad(frames))
+        targets = [self.targets[index] for index in chosen]
+        return ctc_loss(speller, embeddings, list(map(len, frames)), targets), embeddings
+
+
 def statistics(features: Features) -> tuple[torch.Tensor, torch.Tensor]:
     draw = random.Random(0)
     sample = torch.cat([features.draw(index, draw).float() for index in draw.choices(features.said, k=500)])
@@ -136,10 +162,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     table = TTTOmniForCausalLM.from_pretrained(arguments.model).get_input_embeddings().weight.detach()
     features = Features(arguments.corpus, arguments.features)
-    texts = {index: tokenizer(features.text(index), add_special_tokens=False)["input_ids"] for index in features.of}
-    tokens = sorted({token for index in features.said for token in texts[index]})
-    number = {token: index for index, token in enumerate(tokens)}
-    fits = [index for index in features.said if min(map(len, features.of[index][0])) > len(texts[index]) + 2]
+    spelling = Spelling(features, tokenizer)
+    tokens = spelling.tokens
     length = table[tokens].float().norm(dim=-1).mean()
 
     torch.manual_seed(0)
@@ -152,11 +176,7 @@ def main() -> None:
     normalize = EnglishTextNormalizer({})
 
     def loss_of(draw: random.Random) -> torch.Tensor:
-        chosen = draw.sample(fits, min(BATCH_SIZE, len(fits)))
-        frames = [features.draw(index, draw) for index in chosen]
-        targets = [torch.tensor([number[token] for token in texts[index]]) for index in chosen]
-        embeddings = hearing["ear"](pad(frames))
-        ctc = ctc_loss(hearing["speller"], embeddings, list(map(len, frames)), targets)
+        ctc, embeddings = spelling.loss(hearing["ear"], hearing["speller"], BATCH_SIZE, draw)
         return ctc + 0.01 * ((embeddings.float().norm(dim=-1) - length) ** 2 / length**2).mean()
 
     def evaluate() -> dict:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from adapt import draw_batch
-from hear import Features, Normalized, Speller, ctc_loss
+from hear import Features, Normalized, Speller, Spelling
 from loop import pad, run, train
 from peft import PeftModel
 from texts import SYSTEM_PROMPT
@@ -107,24 +107,25 @@ def main() -> None:
     ear.load_state_dict(heard["ear"])
     speller = Speller(conversations.embed.weight[heard["tokens"]])
     speller.load_state_dict(heard["speller"])
-    number = {token: index for index, token in enumerate(heard["tokens"])}
+    spelling = Spelling(features, tokenizer, heard["tokens"])
     beginning_ids = torch.tensor([conversations.before])
     with torch.no_grad():
         taught = teacher.model(beginning_ids, use_cache=True).cache
-    known = {}  # what the teacher says to a question, as long as it is the first
+    known = {}  # what the teacher says to a question that is the first
+
+    def taught_to(batch: list[list[int]]) -> list[torch.Tensor]:
+        questions = [[conversations.typed(index) for index in turns] for turns in batch]
+        return conversations.answers(teacher, taught, batch, questions)
 
     @torch.no_grad()
     def targets_of(batch: list[list[int]]) -> torch.Tensor:
-        unknown = [turns for turns in batch if tuple(turns) not in known]
+        if len(batch[0]) > 1:  # all have as many turns, and of several there are too many to keep
+            return torch.cat(taught_to(batch))
+        asked = [index for (index,) in batch]
+        unknown = [index for index in asked if index not in known]
         if unknown:
-            questions = [[conversations.typed(index) for index in turns] for turns in unknown]
-            found = conversations.answers(teacher, taught, unknown, questions)
-            known.update((tuple(turns), states.clone()) for turns, states in zip(unknown, found))
-        states = torch.cat([known[tuple(turns)] for turns in batch])
-        for turns in batch:
-            if len(turns) > 1:
-                known.pop(tuple(turns), None)
-        return states
+            known.update(zip(unknown, taught_to([[index] for index in unknown])))
+        return torch.cat([known[index] for index in asked])
 
     def loss_on(batch: list[list[int]], listen, draw: random.Random | None = None) -> torch.Tensor:
         heard = [[listen(index) for index in turns] for turns in batch]
@@ -147,16 +148,11 @@ def main() -> None:
         distance = (states.float() - targets.float()).square().sum(-1) / targets.float().square().sum(-1)
         return divergence + distance.mean()
 
-    def spelling_loss(draw: random.Random) -> torch.Tensor:
-        chosen = draw.sample(features.said, min(SPELT, len(features.said)))
-        frames = [features.draw(index, draw) for index in chosen]
-        targets = [torch.tensor([number[t] for t in conversations.ids(features.text(i))]) for i in chosen]
-        return ctc_loss(speller, ear(pad(frames)), list(map(len, frames)), targets)
-
     def loss_of(draw: random.Random) -> torch.Tensor:
         batch = draw_batch(features.training, BATCH_SIZE, draw)
         understanding = loss_on(batch, lambda index: features.draw(index, draw), draw)
-        return understanding + SPELLING * spelling_loss(draw)
+        spelt, _ = spelling.loss(ear, speller, SPELT, draw)
+        return understanding + SPELLING * spelt
 
     def held_out_states(reading: int, index: int) -> torch.Tensor:
         return features.of[index][reading][0]
