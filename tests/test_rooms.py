@@ -9,6 +9,7 @@ import ast
 import subprocess
 import sys
 from collections import defaultdict
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 
@@ -71,6 +72,13 @@ def test_importing_the_package_loads_the_model_alone():
     assert "modeling_ttt_omni" in rooms
     others = {"commands", "evaluation", "training", "conversion", "serving", "checkpoint", "loading"}
     assert not rooms & {*others, "parallel_ttt_omni"}
+
+
+def test_no_script_hides_a_package():
+    """Which it would for all scripts beside it, as Python looks in their folder first."""
+    scripts = {path.stem for folder in ("benchmarks", "examples", "recipes/*") for path in ROOT.glob(f"{folder}/*.py")}
+    assert "kernel_times" in scripts
+    assert not scripts & {*packages_distributions(), *sys.stdlib_module_names}
 
 
 if __name__ == "__main__":

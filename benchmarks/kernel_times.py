@@ -2,11 +2,11 @@
 """
 Time of the TTT kernels on a GPU, beside the PyTorch op, flash-linear-attention and attention of the same width.
 
-    python benchmarks/kernels.py --lengths 4096 65536 --batches 1 4
+    python benchmarks/kernel_times.py --lengths 4096 65536 --batches 1 4
 
 Each time is the median over several runs, in milliseconds, and stands beside its floor: the larger of the bytes that
-must be moved over the copy bandwidth and the operations over the matrix rate, both measured in the same run. Results
-go to benchmarks/results/kernels-<device>.json. flash-linear-attention is measured where it is installed.
+must be moved over the copy bandwidth and the operations over the matrix rate, both measured in the same run.
+flash-linear-attention is measured where it is installed.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--mini-batch", type=int, default=64)
     parser.add_argument("--only", nargs="+", help="names of the candidates to measure; default: all")
-    parser.add_argument("--output", type=Path, help="JSON file; default: benchmarks/results/kernels-<device>.json")
+    parser.add_argument("--output", type=Path, help="JSON file; default: results/kernel_times-<layer>-<device>.json")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no CUDA device: these kernels are measured on a GPU")
@@ -69,7 +69,7 @@ def main() -> None:
         "results": results,
     }  # fmt: skip
     name = torch.cuda.get_device_name().lower().replace(" ", "-")
-    path = args.output or Path(__file__).parent / "results" / f"kernels-{args.layer}-{name}.json"
+    path = args.output or Path(__file__).parent / "results" / f"kernel_times-{args.layer}-{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n")
