@@ -252,7 +252,7 @@ def check_sizes(sizes: dict[str, int], tensors: dict[str, LazyTensor], source: P
             raise ConversionError(f"{source}: `{field}` must be 1 to {largest}, as the weights are, got {size}.")
 
 
-def check_tensors(tensors: dict[str, LazyTensor], shapes: dict[str, tuple[int, ...]], source: Path) -> None:
+def check_tensors(tensors: dict[str, LazyTensor], shapes: dict[str, tuple[int, ...]], source: Path | str) -> None:
     """Raises unless `tensors`, made from the checkpoint `source`, have exactly the names and shapes `shapes`."""
     missing = sorted(shapes.keys() - tensors.keys())
     if missing:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -227,18 +228,19 @@ class Conversion:
             shutil.copyfile(file, folder / file.name)
         write_checkpoint(folder, self.tensors, self.dtypes, max_shard_size)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what a model of `config` saves."""
-        return _shapes(self.config)
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        """What a tensor is saved in."""
-        return _dtype(name, self.config.dtype)
-
     def summary(self, output: str | os.PathLike) -> str:
         """What is written into `output`, and what to do with it next, in one line."""
         size = sum(math.prod(tensor.shape) * self.dtypes[name].itemsize for name, tensor in self.tensors.items())
         return summary(output, size, self.config, self.ttt_layers, self.mode, self.has_fresh_parts)
+
+
+@dataclass
+class TrainedParts:
+    """What makes a language model listen and speak: fields of the config, and tensors by our names."""
+
+    config: dict[str, Any]
+    tensors: dict[str, LazyTensor]
+    folder: Path
 
 
 def plan_conversion(
@@ -250,6 +252,7 @@ def plan_conversion(
     vocoder_config: str | os.PathLike | None = None,
     listen: bool = False,
     speak: int | None = None,
+    trained: TrainedParts | None = None,
     layers: str | Iterable[int] | None = None,
     mode: str = "hybrid",
     ttt_type: str | list[str] = "linear",
@@ -262,19 +265,21 @@ def plan_conversion(
     Reads all of the checkpoint in the folder `source` but its weights, and checks it.
 
     Args:
-        repository: on the Hub, that `source` came from; the other arguments are those of [`convert_llama_omni`].
+        repository: on the Hub, that `source` came from.
+        trained: what `source` gets with `listen`, in place of parts to be trained; the other arguments are those of
+            [`convert_llama_omni`].
     """
     if not source.is_dir():
         raise ConversionError(f"The source {source} is not a folder.")
     values = read_config(source)
-    config, tensors, processor = _read(source, values, whisper, vocoder, vocoder_config, listen, speak)
+    config, tensors, processor = _read(source, values, whisper, vocoder, vocoder_config, listen, speak, trained)
     ttt_layers = select_layers(layers, config.text_config.num_hidden_layers)
     config = _grafted(config, ttt_layers, mode, ttt_type, mini_batch_size, attention_window, attention_sinks)
     tensors = graft(tensors, config.text_config, _shapes(config))
 
     config.architectures = [TTTOmniForCausalLM.__name__]
     config.dtype = DTYPES[dtype]
-    has_fresh_parts = listen or speak is not None
+    has_fresh_parts = trained is None and (listen or speak is not None)
     return Conversion(
         config=config,
         tensors=tensors,
@@ -309,6 +314,7 @@ def _read(
     vocoder_config: str | os.PathLike | None,
     listen: bool,
     speak: int | None,
+    trained: TrainedParts | None,
 ) -> tuple[TTTOmniConfig, dict[str, LazyTensor], TTTOmniProcessor]:
     """The checkpoint and what comes with it, as a model without TTT that has all the tensors it should have."""
     tensors = open_checkpoint(source)
@@ -337,6 +343,9 @@ def _read(
         parts["vocoder_config"] = vocoder_config_from_fairseq(vocoder_config)
         state = load_fairseq_vocoder(vocoder, parts["vocoder_config"])
         tensors |= {f"vocoder.{name}": LazyTensor.of(x, f"`{name}` in {vocoder}") for name, x in state.items()}
+    if trained is not None:
+        parts |= trained.config
+        tensors |= trained.tensors
     with errors_of(source):
         processor = _processor(source, values, parts.get("audio_config"), is_fresh=listen)
     if "vocoder_config" in parts:
@@ -350,9 +359,10 @@ def _read(
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     shapes = _shapes(config)
-    fresh = (["model.multi_modal_projector."] if listen else []) + (["speech_decoder."] if speak is not None else [])
-    tensors |= {name: fresh_tensor(name, shapes[name]) for name in shapes if name.startswith(tuple(fresh))}
-    check_tensors(tensors, shapes, source)
+    if trained is None:
+        fresh = ["model.multi_modal_projector."] * listen + ["speech_decoder."] * (speak is not None)
+        tensors |= {name: fresh_tensor(name, shapes[name]) for name in shapes if name.startswith(tuple(fresh))}
+    check_tensors(tensors, shapes, source if trained is None else f"{source} with {trained.folder}")
     return config, tensors, processor
 
 
@@ -407,7 +417,7 @@ def _grafted(
     if attention_window is not None:
         text |= {"sliding_window": attention_window, "attention_sinks": attention_sinks}
         text["layer_types"] = ["sliding_attention"] * len(text["layer_types"])
-        if speech is not None:
+        if speech is not None and speech.sliding_window is None:
             window = SPEECH_WINDOW_TOKENS * speech.upsample_factor
             window = min(window, speech.max_position_embeddings - speech.attention_sinks)
             speech = TTTOmniSpeechDecoderConfig(**speech.to_dict() | {"sliding_window": window})

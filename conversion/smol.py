@@ -8,19 +8,11 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import (
-    ConversionError,
-    LazyTensor,
-    check_tensors,
-    errors_of,
-    find_source,
-    open_checkpoint,
-    read_json,
-)
-from ..configuration_ttt_omni import TTTOmniConfig, TTTOmniSpeechDecoderConfig, TTTOmniVocoderConfig
+from ..checkpoint import ConversionError, LazyTensor, errors_of, find_source, open_checkpoint, read_json
+from ..configuration_ttt_omni import TTTOmniSpeechDecoderConfig, TTTOmniVocoderConfig
 from ..files_ttt_omni import new_folder
 from .gguf import as_folder
-from .llama_omni import DTYPES, Conversion, plan_conversion
+from .llama_omni import DTYPES, Conversion, TrainedParts, plan_conversion
 
 
 PARTS = Path(__file__).parent.parent / "smol"
@@ -80,40 +72,28 @@ def _in_package(package: str, name: str, repository: str) -> Path:
 def _plan(source: Path, whisper, parts: Path, attention_window: int | None, dtype: str) -> Conversion:
     values = read_json(parts / "config.json")
     trained = open_checkpoint(parts)
+    adapter = {name: trained.pop(name) for name in list(trained) if ".lora_" in name}
     with errors_of(parts / "config.json"):
-        speech = TTTOmniSpeechDecoderConfig(**values["speech_decoder_config"])
-        vocoder = TTTOmniVocoderConfig(**values["vocoder_config"])
+        config = {
+            "projector_hidden_size": values["projector_hidden_size"],
+            "speech_decoder_config": TTTOmniSpeechDecoderConfig(**values["speech_decoder_config"]),
+            "vocoder_config": TTTOmniVocoderConfig(**values["vocoder_config"]),
+        }
     conversion = plan_conversion(
         source,
         whisper=whisper,
         listen=True,
-        speak=speech.unit_vocab_size,
+        trained=TrainedParts(config, trained, parts),
         attention_window=attention_window,
         dtype=dtype,
     )
-    config = TTTOmniConfig(
-        **conversion.config.to_dict()
-        | {"speech_decoder_config": speech, "vocoder_config": vocoder}
-        | {"projector_hidden_size": values["projector_hidden_size"]}
-    )
-    config.architectures, config.dtype = conversion.config.architectures, conversion.config.dtype
-    conversion.config = config
-    fresh = ("model.multi_modal_projector.", "speech_decoder.")
-    tensors = {name: x for name, x in conversion.tensors.items() if not name.startswith(fresh)}
-    adapter = {name: trained.pop(name) for name in list(trained) if ".lora_" in name}
-    tensors |= _adapted(tensors, adapter, values["lora_scale"], parts) | trained
-    check_tensors(tensors, conversion.shapes(), parts)
-    conversion.tensors = tensors
-    conversion.dtypes = {name: conversion.dtype_of(name) for name in tensors}
-    conversion.has_fresh_parts = False
+    conversion.tensors |= _adapted(conversion.tensors, adapter, values["lora_scale"], parts)
     conversion.model_card = (parts / "README.md").read_text(encoding="utf-8")
-
     processor = conversion.processor
     if DEFAULT_SYSTEM_PROMPT not in processor.chat_template:
         raise ConversionError(f"{source}: the chat template is not that of SmolLM2-135M-Instruct.")
     processor.chat_template = processor.chat_template.replace(DEFAULT_SYSTEM_PROMPT, values["system_prompt"])
     processor.speech_instruction, processor.embed_audio_padding = "", False
-    processor.output_sampling_rate = vocoder.sampling_rate
     return conversion
 
 
