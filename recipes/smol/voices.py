@@ -5,9 +5,7 @@ import json
 import random
 import subprocess
 import tempfile
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
+from functools import cache, partial
 
 import numpy as np
 import onnx
@@ -15,6 +13,8 @@ import onnxruntime
 import soundfile
 from piper import PiperVoice
 from piper.phonemize_espeak import EspeakPhonemizer
+
+from ttt_omni.conversion import smol
 
 
 # Nothing is trained or chosen by these two; they are for judging.
@@ -30,13 +30,7 @@ KOKORO_PHONEMES = {
 }  # fmt: skip
 
 
-def package_folder(package: str) -> Path:
-    """Where a package lies, which need not import. Raises FileNotFoundError, with what to do, without it."""
-    spec = find_spec(package)
-    if spec is None:
-        name = package.replace("_", "-")
-        raise FileNotFoundError(f"The package {name} is not installed: pip install -r requirements.txt")
-    return Path(next(iter(spec.submodule_search_locations)))
+package_folder = partial(smol.package_folder, remedy="pip install -r requirements.txt")
 
 
 def session(model: str | bytes) -> onnxruntime.InferenceSession:
