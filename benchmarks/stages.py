@@ -36,10 +36,10 @@ PLACES = ("harbour", "garden", "market", "library", "station", "mountain", "bake
 NAMES = ("Ada", "Ben", "Carl", "Dora", "Emil", "Fay", "Gus", "Ida")
 
 
-def write_corpus(folder: Path, conversations: int = 400) -> Path:
-    """A manifest of conversations about who went where, every fourth one spoken (in tones) and answered in units."""
+def write_corpus(folder: Path) -> Path:
+    """A manifest of 400 conversations about who went where, every fourth spoken (in tones) and answered in units."""
     choose, lines = random.Random(0), []
-    for number in range(conversations):
+    for number in range(400):
         name, place = choose.choice(NAMES), choose.choice(PLACES)
         question, answer = f"Where did {name} go, to the {place}?", f"{name} went to the {place}, I remember."
         record = {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}

@@ -19,6 +19,7 @@ from ttt_omni.files_ttt_omni import new_folder
 
 
 BATCH_SIZE = 16
+SEVERAL = 0.15  # share of the batches of conversations that have several turns
 RANK = 10
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -37,9 +38,9 @@ def token_ids(tokenizer, turns: list[tuple[str, str]]) -> tuple[torch.Tensor, to
     return torch.tensor(ids), torch.tensor(labels)
 
 
-def draw_batch(items: list, size: int, draw: random.Random, several: float = 0.15) -> list[list]:
+def draw_batch(items: list, size: int, draw: random.Random) -> list[list]:
     """Conversations of one turn each, or now and then of several: of one kind, so that little is padding."""
-    turns = draw.randint(2, 3) if draw.random() < several else 1
+    turns = draw.randint(2, 3) if draw.random() < SEVERAL else 1
     return [draw.sample(items, turns) for _ in range(max(1, size // turns))]
 
 

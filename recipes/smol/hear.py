@@ -68,15 +68,15 @@ class Normalized(nn.Module):
         return self.projector.linear_2(self.projector.act(self.projector.linear_1(states)))
 
     @torch.no_grad()
-    def folded(self, scale: float = 1.0) -> dict[str, torch.Tensor]:
-        """The projector's tensors, for hidden states as they come, its embeddings `scale` times as long."""
+    def folded(self) -> dict[str, torch.Tensor]:
+        """The projector's tensors, for hidden states as they come."""
         first, second = self.projector.linear_1, self.projector.linear_2
         weight = first.weight / self.std
         return {
             "linear_1.weight": weight,
             "linear_1.bias": first.bias - weight @ self.mean,
-            "linear_2.weight": second.weight * scale,
-            "linear_2.bias": second.bias * scale,
+            "linear_2.weight": second.weight,
+            "linear_2.bias": second.bias,
         }
 
 
