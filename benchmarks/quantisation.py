@@ -12,14 +12,13 @@ of its own, whose peak memory is that beyond what it took before it loaded the m
 """
 
 import argparse
-import re
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from reporting import RESULTS, environment, store
+from reporting import RESULTS, environment, peak_memory, store
 
 from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM, TTTOmniProcessor
 from ttt_omni.conversion import make_tiny
@@ -64,11 +63,6 @@ def edit_distance(one: list[int], other: list[int]) -> int:
         for j, y in enumerate(other, start=1):
             previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
     return row[-1]
-
-
-def peak_memory() -> int:
-    """Bytes that this process took at most."""
-    return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
-"""What a benchmark stores beside its figures, and where."""
+"""What benchmarks measure alike, and what they store beside their figures, and where."""
 
 import json
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ def environment(*packages: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         **{name: version(name) for name in ("torch", "transformers", *packages)},
     }
+
+
+def peak_memory() -> int:
+    """Bytes that this process took at most."""
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def store(path: Path, result: dict[str, Any]) -> None:

@@ -11,22 +11,16 @@ Each step runs on the CPU in a process of its own; a small model with a vocabula
 import argparse
 import itertools
 import json
-import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-from reporting import RESULTS, environment, store
+from reporting import RESULTS, environment, peak_memory, store
 
 
 VOCAB_SIZE = 16384
-
-
-def peak_memory() -> int:
-    """Bytes of memory that this process took at most."""
-    return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def step(tokens: int, loss_chunk_size: int | None, group_size: int) -> dict[str, float]:
