@@ -14,7 +14,6 @@ Results go to benchmarks/results/kernel_resources.json.
 
 import argparse
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -32,12 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also without an 
 
 import torch
 import triton
+from reporting import RESULTS, store
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import ttt_kernels
-from files_ttt_omni import new_file
 
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -53,7 +52,7 @@ def main() -> None:
     parser.add_argument("--mini-batch", type=int, choices=(16, 32, 64), nargs="+", default=[16, 64])
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), nargs="+",
                         help="default: bfloat16, and float32 at the largest sizes")  # fmt: skip
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "kernel_resources.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "kernel_resources.json")
     args = parser.parse_args()
 
     cases = list(itertools.product(args.layer, args.head_dim, args.mini_batch, args.dtype or ["bfloat16"]))
@@ -79,9 +78,7 @@ def main() -> None:
         "settings": {"batch": 1, "heads": HEADS, "length": LENGTH},
         "rows": rows,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(args.output) as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
+    store(args.output, report)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ flash-linear-attention is measured where it is installed.
 """
 
 import argparse
-import json
 import platform
 import signal
 import statistics
@@ -21,13 +20,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import triton
+from reporting import RESULTS, store
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also without an installation
 
 import ops_ttt_omni as ops
 import ttt_kernels
-from files_ttt_omni import new_file
 
 
 COMPILED_UP_TO = 1024  # torch.compile unrolls the mini-batches
@@ -70,10 +69,7 @@ def main() -> None:
         "results": results,
     }  # fmt: skip
     name = torch.cuda.get_device_name().lower().replace(" ", "-")
-    path = args.output or Path(__file__).parent / "results" / f"kernel_times-{args.layer}-{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
+    store(args.output or RESULTS / f"kernel_times-{args.layer}-{name}.json", report)
 
 
 def measure_prefill(args, batch: int, length: int, floors: dict) -> list[dict]:

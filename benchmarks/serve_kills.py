@@ -28,6 +28,7 @@ import httpx
 import numpy as np
 import soxr
 import torch
+from reporting import RESULTS, store
 from websockets.asyncio.client import connect
 from websockets.exceptions import WebSocketException
 
@@ -194,12 +195,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="default: 20")
     parser.add_argument("--events", type=float, default=120, metavar="N", help="until a kill, at most; default: 120")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--output", default=Path(__file__).parent / "results" / "serve_kills.json", metavar="FILE")
+    parser.add_argument("--output", type=Path, default=RESULTS / "serve_kills.json", metavar="FILE")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # threads do not survive a fork
     with tempfile.TemporaryDirectory() as folder:
         results = measure(Path(folder), arguments.kills, arguments.events, random.Random(arguments.seed))
-    Path(arguments.output).write_text(json.dumps(results, indent=2) + "\n")
+    store(arguments.output, results)
     sys.exit(int(not results["nothing_lost"]))
 
 
