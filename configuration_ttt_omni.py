@@ -174,6 +174,10 @@ class TTTOmniTextConfig(LlamaConfig):
         ttt_head_gate (`bool`, defaults to `False`):
             Whether each head's output is multiplied by a sigmoid gate computed from the layer's input, so that a
             memory may be silent where nothing of it is asked for.
+        ttt_divide_repeats (`bool`, defaults to `False`):
+            Whether the inner learning rate of a token is divided by how often its key was there in the mini-batch,
+            itself included, as the squares of positive cosines sum it up. Without, a start of tokens that are all
+            alike, such as silence, makes a step so large that for thousands of tokens little else is given back.
         ttt_gate_init (`float`, defaults to 0.0):
             Initial value of the output gate of hybrid layers.
         ttt_scan_checkpoint_group_size (`int`, defaults to 16):
@@ -208,6 +212,7 @@ class TTTOmniTextConfig(LlamaConfig):
     ttt_rope_theta: float | int | None = None
     ttt_lr_activation: str = "sigmoid"
     ttt_head_gate: bool = False
+    ttt_divide_repeats: bool = False
     ttt_gate_init: float | int = 0.0
     ttt_scan_checkpoint_group_size: int = 16
     sliding_window: int | None = None

@@ -22,7 +22,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from .cache_ttt_omni import SEQUENCE_SHIFT, OwnedTensorsMixin, SlidingWindowLayer
 from .configuration_ttt_omni import SLIDING_LAYER_TYPES, TTT_LAYER_TYPES, TTTOmniTextConfig
-from .ops_ttt_omni import TTTLinearState, TTTMLPState, ttt_linear, ttt_mlp
+from .ops_ttt_omni import TTTLinearState, TTTMLPState, key_repeats, ttt_linear, ttt_mlp
 
 
 # What of TTT is no projection, and small: adapters train and save it as it is, and no quantiser touches it.
@@ -386,6 +386,8 @@ class TTTOmniTTT(nn.Module):
             )
 
         lr, earlier = lr.transpose(1, 2), None  # [B, H, T]
+        if self.config.ttt_divide_repeats:
+            lr = lr / key_repeats(k, state, self.config.ttt_mini_batch_size, token_mask, cu_seqlens)
         cut = self._last_step(state, token_mask, input_shape) if getattr(cache_layer, "record_past", False) else None
         if cut is None:
             o, new_state = run(state)

@@ -58,7 +58,7 @@ CONFIG_FIELDS = (
     "head_dim",
 )
 # Fields that came later, which a model without them has as here, so that its files are known again.
-LATER_FIELDS = {"ttt_lr_activation": "sigmoid", "ttt_head_gate": False}
+LATER_FIELDS = {"ttt_lr_activation": "sigmoid", "ttt_head_gate": False, "ttt_divide_repeats": False}
 FIELDS_OF_VERSION_1 = (
     "ttt_base_lr",
     "ttt_gate_init",

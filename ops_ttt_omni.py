@@ -220,6 +220,37 @@ def ttt_mlp(
                 checkpoint_group_size, inplace, backend)  # fmt: skip
 
 
+def key_repeats(
+    k: torch.Tensor,
+    state: TTTState,
+    mini_batch_size: int,
+    attention_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    How often the key of each token was there in its mini-batch so far, itself included: the sum of the squares of its
+    positive cosines with those keys, 1 where it is like none before, and n at the n-th of keys that are all alike.
+
+    Args:
+        k: `[B, H, T, D]`, as [`ttt_linear`] takes it, with the `state` before these tokens, the mask and the bounds.
+        mini_batch_size: m.
+
+    Returns:
+        `[B, H, T]` in the state's dtype, without gradients.
+    """
+    state = with_pending_rows(state, mini_batch_size)
+    with torch.no_grad(), _no_autocast(k.device.type):
+        k, pending = (torch.nn.functional.normalize(x.to(state.W1.dtype), dim=-1) for x in (k, state.k))
+        if k.shape[2] == 1 and attention_mask is None and cu_seqlens is None:
+            return 1 + (k @ pending.mT).clamp(min=0).square().sum(-1)
+        row, rank, is_token, lengths = _rows_and_ranks(k, attention_mask, cu_seqlens)
+        to_grid, from_grid, _ = _grid(k, row, rank, is_token, state.position, lengths, mini_batch_size)
+        first, *others = (x.transpose(1, 2) for x in to_grid(k))
+        keys = torch.stack([first + pending, *others], dim=1)  # [R, N, H, m, D]; either is 0 where the other is not
+        repeats = (keys @ keys.mT).clamp(min=0).square().tril().sum(-1, keepdim=True)  # [R, N, H, m, 1]
+        return from_grid(repeats.transpose(2, 3).flatten(1, 2)).squeeze(-1).clamp(min=1)
+
+
 def use_kernels(module) -> None:
     """
     Use `module` for the backend `"triton"`, such as what the `kernels` library loads of a published `ttt_kernels`, in

@@ -14,6 +14,9 @@ stored values, the layer's output is nearest to the one stored with it. Values a
 Each is measured with the biases of q and k as they are and after calibration on other data. "least squares" is what
 the best linear memory gives back of the same pairs, fitted to all 512 at once: the trained Llama's keys repeat and
 resemble each other. "rms, whitened" has keys that a linear map of the calibration data gave a covariance of 1.
+
+A second table has the pairs after a start of 300 tokens that are all alike, as silence is, and the norm that this
+leaves the memory's weights with, without and with `ttt_divide_repeats`; the keys are random.
 """
 
 import argparse
@@ -35,6 +38,7 @@ from ttt_omni.training import calibrate
 
 HEAD_DIM = 128
 STORED, OTHERS = 64, 448
+SILENCE = 300  # tokens, as half a minute of sound gives
 ROWS = 4
 VOCAB_SIZE = 2048
 
@@ -63,9 +67,12 @@ def make_model(**ttt) -> TTTOmniForCausalLM:
 
 
 @torch.no_grad()
-def recall(ttt: TTTOmniTTT, tokens: torch.Tensor) -> float:
-    """Share of the first `STORED` of the tokens `[B, T, 2 * D]` that are given back after all of them."""
-    cache_layer = TTTLayer()
+def recall(ttt: TTTOmniTTT, tokens: torch.Tensor, cache_layer: TTTLayer | None = None) -> float:
+    """
+    Share of the first `STORED` of the tokens `[B, T, 2 * D]` that are given back after all of them; `cache_layer`
+    holds what was before.
+    """
+    cache_layer = cache_layer or TTTLayer()
     ttt(tokens, cache_layer=cache_layer)
     stored = tokens[:, :STORED]
     q, k, v = ttt._project(stored, cache_layer.ttt_state, None, None)
@@ -174,6 +181,18 @@ def measure(keys: torch.Tensor, scale: str, norm: str, **ttt) -> tuple[float, fl
     return before, recall(layer.ttt, tokens[:ROWS])
 
 
+@torch.no_grad()
+def after_silence(**ttt) -> tuple[float, float]:
+    """Recall after a silent start, and the norm of `W1` that this leaves."""
+    torch.manual_seed(0)
+    layer = make_model(**ttt).model.language_model.layers[0].ttt
+    silence = torch.randn(ROWS, 1, 2 * HEAD_DIM) + 1e-3 * torch.randn(ROWS, SILENCE, 2 * HEAD_DIM)
+    cache_layer = TTTLayer()
+    layer(silence, cache_layer=cache_layer)
+    norm = cache_layer.ttt_state.W1.norm(dim=(-2, -1)).mean().item()
+    return recall(layer, torch.randn(ROWS, STORED + OTHERS, 2 * HEAD_DIM), cache_layer), norm
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train-steps", type=int, default=400)
@@ -198,6 +217,14 @@ def main() -> None:
                 row[name] = measure(keys, scale, norm, ttt_layer_type=ttt_type, ttt_base_lr=base_lr)
             rows.append(row)
             print(table_row(row, sources), flush=True)
+    silent_starts = []
+    print("\n| type | head gate | repeats divided | recall after silence | norm of W1 |")
+    print("|" + " --- |" * 5)
+    for ttt_type, head_gate, divide in itertools.product(learning_rates, (False, True), (False, True)):
+        kwargs = {"ttt_layer_type": ttt_type, "ttt_head_gate": head_gate, "ttt_divide_repeats": divide}
+        found, norm = after_silence(**kwargs)
+        silent_starts.append(kwargs | {"recall": found, "norm": norm})
+        print(f"| {ttt_type} | {head_gate} | {divide} | {100 * found:.0f} | {norm:.1f} |", flush=True)
     result = {
         "stored": STORED,
         "others": OTHERS,
@@ -205,6 +232,7 @@ def main() -> None:
         "train_steps": arguments.train_steps,
         "columns": "share given back [before, after] calibration",
         "rows": rows,
+        "silent_starts": silent_starts,
         **environment(),
     }
     store(arguments.output, result)

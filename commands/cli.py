@@ -284,7 +284,9 @@ def _add_evaluate(commands) -> None:
         "--facts", metavar="FILE", help='own facts, a line {"told": …, "question": …, "value": …} (default: ours)'
     )
     recall.add_argument("--distances", type=integers, metavar="N,N", help="tokens (default: 512 to 65536)")
-    recall.add_argument("--num-facts", type=int, metavar="N", help="told at a time (default: 8)")
+    recall.add_argument(
+        "--num-facts", type=integers, metavar="N,N", help="told at a time, each number in turn (default: 8)"
+    )
     recall.add_argument("--rounds", type=int, metavar="N", help="with other facts (default: 4)")
     recall.add_argument(
         "--held-out", action="store_true", help="kinds and wordings that make-recall-corpus leaves out"

@@ -428,7 +428,7 @@ def _grafted(
     if mode == "replace":
         text["ttt_rope_theta"] = text["rope_parameters"]["rope_theta"]
     else:
-        text |= {"ttt_head_gate": True, "ttt_lr_activation": "hardsigmoid"}
+        text |= {"ttt_head_gate": True, "ttt_lr_activation": "hardsigmoid", "ttt_divide_repeats": True}
     return TTTOmniConfig(**config.to_dict() | {"text_config": text, "speech_decoder_config": speech})
 
 

@@ -1,9 +1,11 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 """The same model with and without its parts, and what it takes to run any other through the same measurement."""
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,15 +21,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..cache_ttt_omni import add_ttt_layers
+from ..cache_ttt_omni import OwnedTensorsMixin, add_ttt_layers, snapshot
 from ..configuration_ttt_omni import SLIDING_LAYER_TYPES
 from ..layers_ttt_omni import TTTOmniTTT
 from ..loading import find_device
 from ..modeling_ttt_omni import TTTOmniForCausalLM
+from ..ops_ttt_omni import TTTState
 from ..training.distillation import make_parent
 
 
 CHUNK_SIZE = 512  # tokens of a pass
+BYTES_AT_ONCE = 2**29  # of copies of a cache, on which questions are asked together
 # What is compared, and in which words.
 CONDITIONS = {
     "model": "the model as it is",
@@ -137,12 +141,81 @@ def max_length(model: PreTrainedModel, condition: str) -> float:
 
 
 @torch.no_grad()
-def read(model: PreTrainedModel, token_ids: list[int], cache: Cache) -> torch.Tensor:
-    """The logits `[V]` after `token_ids`, which `cache` takes up piece by piece."""
-    ids = torch.tensor([token_ids], device=model.device)
-    for piece in ids.split(CHUNK_SIZE, dim=1):
-        logits = model(input_ids=piece, cache=cache, use_cache=True, logits_to_keep=1).logits
-    return logits[0, -1]
+def read(
+    model: PreTrainedModel, input_ids: torch.Tensor, cache: Cache, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    The logits `[B, V]` after `input_ids` `[B, T]`, which `cache` takes up piece by piece.
+
+    Args:
+        attention_mask: `[B, past + T]`, 0 for padding.
+    """
+    input_ids, end = input_ids.to(model.device), 0 if attention_mask is None else -input_ids.shape[1]
+    for piece in input_ids.split(CHUNK_SIZE, dim=1):
+        kwargs = {}
+        if attention_mask is not None:
+            end += piece.shape[1]
+            kwargs["attention_mask"] = attention_mask[:, : end or None].to(model.device)
+        logits = model(input_ids=piece, cache=cache, use_cache=True, logits_to_keep=1, **kwargs).logits
+    return logits[:, -1]
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel, questions: list[list[int]], cache: Cache, new_tokens: int, eos_token_id: int | None
+) -> list[list[int]]:
+    """
+    What is said greedily after each of the questions, each on a copy of `cache` of one row: at most so many tokens, of
+    which those after `eos_token_id` mean nothing.
+
+    Questions of a model of ours go in one pass, with padding between the cache and those that are shorter, which
+    changes nothing; those of others where they are of the same length, as what padding does to them is not known.
+    """
+    answers, at_once = {}, max(1, BYTES_AT_ONCE // max(1, _size(cache)))
+    numbers = sorted(range(len(questions)), key=lambda number: len(questions[number]))
+    is_ours = isinstance(model, TTTOmniForCausalLM)
+    groups = [numbers] if is_ours else [list(group) for _, group in groupby(numbers, lambda n: len(questions[n]))]
+    for group in groups:
+        for start in range(0, len(group), at_once):
+            rows = group[start : start + at_once]
+            asked, copies = [questions[row] for row in rows], _repeat(cache, len(rows))
+            answers |= zip(rows, _answer_rows(model, asked, copies, new_tokens, eos_token_id))
+    return [answers[number] for number in range(len(questions))]
+
+
+def _answer_rows(model, questions, cache, new_tokens, eos_token_id):
+    longest, past = max(map(len, questions)), cache.get_seq_length()
+    padding = [longest - len(question) for question in questions]
+    ids = torch.tensor([question[:1] * columns + question for columns, question in zip(padding, questions)])
+    mask = None
+    if any(padding):
+        mask = torch.ones(len(ids), past + longest, dtype=torch.long)
+        for row, columns in enumerate(padding):
+            mask[row, past : past + columns] = 0
+    said = []
+    while len(said) < new_tokens:
+        said.append(read(model, ids, cache, mask).argmax(-1))
+        if eos_token_id is not None and (torch.stack(said) == eos_token_id).any(0).all():
+            break
+        ids = said[-1][:, None]
+        mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=1)
+    return torch.stack(said, dim=1).tolist()
+
+
+def _repeat(cache: Cache, rows: int) -> Cache:
+    """A copy of `cache`, of one row, so many times."""
+    is_ours = all(isinstance(layer, OwnedTensorsMixin) for layer in cache.layers)
+    cache = snapshot(cache) if is_ours else copy.deepcopy(cache)
+    if rows > 1:
+        cache.batch_repeat_interleave(rows)
+    return cache
+
+
+def _size(cache: Cache) -> int:
+    """Bytes of what a row holds."""
+    tensors = [x for layer in cache.layers for x in vars(layer).values()]
+    tensors += [x for state in tensors if isinstance(state, TTTState) for x in vars(state).values()]
+    return sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor))
 
 
 def empty_cache(model: PreTrainedModel) -> Cache:

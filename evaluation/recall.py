@@ -1,7 +1,7 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 """Recall: facts told at the start, and asked for after ever more other talk."""
 
-import copy
+import itertools
 import os
 import random
 import re
@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from .conditions import conditions_of, empty_cache, has_ttt, max_length, read, state_alone, under
+from .conditions import answer, conditions_of, empty_cache, has_ttt, max_length, read, state_alone, under
 from .corpus import HEARD, REMEMBERED, read_talk
 from .facts import Fact, draw_facts
 
@@ -69,9 +69,10 @@ class Wording:
 
 @dataclass
 class Score:
-    """Of the questions of one condition at one distance."""
+    """Of the questions of one condition at one distance, after so many facts."""
 
     condition: str
+    facts: int
     distance: int
     asked: int = 0
     right: int = 0
@@ -80,11 +81,11 @@ class Score:
     kinds: dict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
 
     def add(self, facts: Sequence[Fact], answers: Sequence[str]) -> None:
-        for number, (fact, answer) in enumerate(zip(facts, answers)):
-            is_right = says(answer, fact.value)
+        for number, (fact, said) in enumerate(zip(facts, answers)):
+            is_right = says(said, fact.value)
             self.asked += 1
             self.right += is_right
-            self.shuffled += says(answer, facts[(number + 1) % len(facts)].value)
+            self.shuffled += says(said, facts[(number + 1) % len(facts)].value)
             self.values[fact.value] += 1
             self.kinds[fact.kind][0] += is_right
             self.kinds[fact.kind][1] += 1
@@ -93,6 +94,7 @@ class Score:
         """As it goes into a file: `chance` is what the best answer that is always the same would have got."""
         return {
             "condition": self.condition,
+            "facts": self.facts,
             "distance": self.distance,
             "asked": self.asked,
             "recall": self.right / self.asked,
@@ -113,7 +115,7 @@ def evaluate_recall(
     tokenizer: PreTrainedTokenizerBase,
     talk: str | os.PathLike,
     distances: Sequence[int] = DISTANCES,
-    num_facts: int = 8,
+    num_facts: Sequence[int] = (8,),
     rounds: int = 4,
     held_out: bool = False,
     own_facts: list[Fact] | None = None,
@@ -122,7 +124,7 @@ def evaluate_recall(
 ) -> list[dict[str, Any]]:
     """
     Tells facts, goes on with other talk, and at each distance asks for all of the facts, each on a copy of what the
-    model then holds: one prefill, in chunks, serves them all.
+    model then holds: one prefill, in chunks, serves them all, and they are asked together.
 
     Beside the conditions of the model, `state` is the model as it is with attention's cache dropped before a question,
     and `nothing told` is the model as it is after a greeting in place of the facts.
@@ -131,40 +133,42 @@ def evaluate_recall(
         talk: text file from which the other talk comes.
         distances: tokens between the facts and the questions, met by whole turns, so that it may be some more. Those
             that a condition's attention is not made for are left out.
-        num_facts: told at a time, by one sentence each.
+        num_facts: told at a time, by one sentence each; several numbers show how much a model can hold.
         rounds: so often, with other facts and other talk.
         held_out: of kinds and in wordings that [`make_recall_corpus`] leaves out.
-        own_facts: to be told in place of those of our own, at most `num_facts` at a time.
+        own_facts: to be told in place of those of our own, at most as many at a time as there are.
         conditions: of those above; by default all that the model has.
         seed: of the random choices.
 
     Returns:
-        A row per condition and distance, see [`Score.row`].
+        A row per condition, number of facts and distance, see [`Score.row`].
 
     Raises:
         ValueError, OSError: distances, conditions or files that will not do.
     """
     if not distances or min(distances) < 1:
         raise ValueError(f"`distances` must be at least 1 token, got {list(distances)}.")
-    for name, value in (("num_facts", num_facts), ("rounds", rounds)):
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    if not num_facts or min(num_facts) < 1:
+        raise ValueError(f"`num_facts` must be at least 1, got {list(num_facts)}.")
+    if rounds < 1:
+        raise ValueError(f"`rounds` must be at least 1, got {rounds}.")
     known = [*conditions_of(model), *(["state"] if has_ttt(model) else []), "nothing told"]
     conditions = known if conditions is None else list(conditions)
     if unknown := [condition for condition in conditions if condition not in known]:
         raise ValueError(f"{unknown[0]!r} is no condition of this model: choose from {', '.join(known)}.")
     sentences, wording = read_talk(talk), Wording(tokenizer)
+    if own_facts is None:
+        draw_facts(random.Random(seed), max(num_facts), held_out)  # there are as many, or minutes would be lost
+    else:
+        num_facts = sorted({min(count, len(own_facts)) for count in num_facts})
     scores = {}
     runs = [name for name in ("model", "window", "ring", "full", "nothing told") if name in conditions]
     if "state" in conditions and "model" not in runs:
         runs.insert(0, "model")
-    progress = tqdm(total=rounds * len(runs), desc="Recall", unit=" prefills")
-    for number in range(rounds):
+    progress = tqdm(total=len(num_facts) * rounds * len(runs), desc="Recall", unit=" prefills")
+    for count, number in itertools.product(num_facts, range(rounds)):
         draw = random.Random(f"{seed} {number}")
-        if own_facts is None:
-            facts = draw_facts(draw, num_facts, held_out)
-        else:
-            facts = draw.sample(own_facts, min(num_facts, len(own_facts)))
+        facts = draw_facts(draw, count, held_out) if own_facts is None else draw.sample(own_facts, count)
         for run in runs:
             condition = "model" if run == "nothing told" else run
             told = "Hello." if run == "nothing told" else " ".join(fact.told for fact in facts)
@@ -176,8 +180,9 @@ def evaluate_recall(
                 talk_ids = _talk(wording, random.Random(f"{seed} {number} talk"), sentences)
                 for distance, cache in _prefill(current, start, talk_ids, within):
                     for name in asks:
-                        answers = [_answer(current, wording, fact, facts, cache, name) for fact in facts]
-                        scores.setdefault((name, distance), Score(name, distance)).add(facts, answers)
+                        answers = _answers(current, wording, facts, cache, name)
+                        key = name, count, distance
+                        scores.setdefault(key, Score(*key)).add(facts, answers)
             progress.update()
     progress.close()
     if not scores:
@@ -200,29 +205,29 @@ def _prefill(
 ) -> Iterator[tuple[int, Cache]]:
     """Each distance, and the cache that is there then; it goes on being written to."""
     cache, read_so_far = empty_cache(model), 0
-    read(model, start, cache)
+    read(model, torch.tensor([start]), cache)
     for distance in distances:
         turns = []
         while read_so_far + len(turns) < distance:
             turns += next(talk)
         if turns:
-            read(model, turns, cache)
+            read(model, torch.tensor([turns]), cache)
         read_so_far += len(turns)
         yield distance, cache
 
 
-@torch.no_grad()
-def _answer(
-    model: PreTrainedModel, wording: Wording, fact: Fact, facts: list[Fact], cache: Cache, condition: str
-) -> str:
-    """What the model says, greedily, on a copy of `cache`."""
+def _answers(model: PreTrainedModel, wording: Wording, facts: list[Fact], cache: Cache, condition: str) -> list[str]:
+    """What the model says, greedily, to the question for each of the facts, which are told in `cache`."""
     tokenizer = wording.tokenizer
-    cache = state_alone(model, cache) if condition == "state" else copy.deepcopy(cache)
-    logits, said = read(model, wording.question(fact.question, fact.stem), cache), []
+    if condition == "state":
+        cache = state_alone(model, cache)
+    questions = [wording.question(fact.question, fact.stem) for fact in facts]
     longest = max(len(wording._encode(f" {fact.value}")) for fact in facts)
-    for _ in range(longest + (SPARE_TOKENS if fact.stem else FREE_TOKENS)):
-        said.append(int(logits.argmax()))
-        if said[-1] == tokenizer.eos_token_id:
-            break
-        logits = read(model, said[-1:], cache)
-    return tokenizer.decode(said, skip_special_tokens=True)
+    lengths = [longest + (SPARE_TOKENS if fact.stem else FREE_TOKENS) for fact in facts]
+    answers = []
+    for said, length in zip(answer(model, questions, cache, max(lengths), tokenizer.eos_token_id), lengths):
+        said = said[:length]
+        if tokenizer.eos_token_id in said:
+            said = said[: said.index(tokenizer.eos_token_id)]
+        answers.append(tokenizer.decode(said, skip_special_tokens=True))
+    return answers

@@ -27,20 +27,20 @@ def table(rows: list[dict[str, Any]], column: str, value: str, form: str) -> str
     return "\n".join(lines)
 
 
-def plot(rows: list[dict[str, Any]], path: Path, column: str, panels: dict[str, str], chance: str | None) -> None:
+def plot(panels: dict[str, tuple[str, list[dict[str, Any]]]], path: Path, column: str, chance: str | None) -> None:
     """
     A picture with a line per condition.
 
     Args:
+        panels: what each panel shows: of which rows which value, by what it is called.
         path: of the PNG file.
         column: of the horizontal axis, in tokens.
-        panels: what each panel shows, and what it is called.
         chance: what is shown beside it in grey, of the first condition.
     """
     from matplotlib.figure import Figure  # an optional dependency
 
     figure = Figure(figsize=(7 * len(panels), 4), layout="constrained")
-    for axes, (value, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+    for axes, (label, (value, rows)) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for condition in dict.fromkeys(row["condition"] for row in rows):
             found = [row for row in rows if row["condition"] == condition and row[value] is not None]
             if found:

@@ -28,9 +28,13 @@ def recall(
     with _folder(output) as folder:
         found, tokenizer = load(model, dtype, device)
         rows = evaluate_recall(found, tokenizer, talk, own_facts=own_facts, **kwargs)
-        print(table(rows, "distance", "recall", "{:.0%}"))
+        panels = {}
+        for count in sorted({row["facts"] for row in rows}):
+            label = f"right answers, {count} told"
+            panels[label] = "recall", [row for row in rows if row["facts"] == count]
+            print(f"\n{label}\n\n" + table(panels[label][1], "distance", "recall", "{:.0%}"))
         write(folder, "recall", _about(model) | {"facts": facts, "talk": str(talk), **kwargs, "rows": rows})
-        plot(rows, folder / "recall.png", "distance", {"recall": "right answers"}, chance="chance")
+        plot(panels, folder / "recall.png", "distance", chance="chance")
 
 
 def perplexity(
@@ -48,8 +52,8 @@ def perplexity(
         print(table(rows, "last", "perplexity", "{:.2f}"))
         write(folder, "perplexity", _about(model) | {"text": str(text), **kwargs, "rows": rows})
         panels = {"perplexity": "perplexity", "state_norm": "norm of the state"}
-        panels = {name: label for name, label in panels.items() if any(row[name] is not None for row in rows)}
-        plot(rows, folder / "perplexity.png", "last", panels, chance=None)
+        panels = {label: (name, rows) for name, label in panels.items() if any(row[name] is not None for row in rows)}
+        plot(panels, folder / "perplexity.png", "last", chance=None)
 
 
 def _folder(output: str | os.PathLike):

@@ -30,6 +30,7 @@ LAYERS = {
         "attention_sinks": 2,
         "ttt_head_gate": True,
         "ttt_lr_activation": "hardsigmoid",
+        "ttt_divide_repeats": True,
     },
     "ttt": {"layer_types": ["linear_attention"] * 4},
 }

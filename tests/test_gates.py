@@ -1,12 +1,15 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 """The gates of a TTT layer: what a token writes, which may be nothing, and which heads are heard."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from layouts import text_model
 from test_memory import make_model
 from torch import nn
 
+import ttt_omni
 from ttt_omni import TTTOmniTextConfig
 from ttt_omni.cache_ttt_omni import TTTLayer
 
@@ -59,6 +62,17 @@ def test_a_token_that_writes_nothing(activation, ttt_type):
     assert torch.allclose(after, alone, rtol=0, atol=1e-6) == (activation == "hardsigmoid")
 
 
+@pytest.mark.parametrize("ttt_type", ["linear", "mlp"])
+def test_a_silent_start_spoils_nothing(ttt_type, monkeypatch):
+    """Nor does it before the gate has learnt what to write, where tokens that are all alike count as few."""
+    monkeypatch.syspath_prepend(Path(ttt_omni.__file__).parent / "benchmarks")
+    import recall
+
+    spoilt, swollen = recall.after_silence(ttt_layer_type=ttt_type)
+    found, norm = recall.after_silence(ttt_layer_type=ttt_type, ttt_divide_repeats=True)
+    assert spoilt < 0.3 < 0.6 < found and 3 * norm < swollen
+
+
 def test_what_need_not_be_written_is_learnt():
     """Asked for 4 of 44 tokens, which can be told by one channel, a layer comes to write nothing of many others."""
     ttt = ttt_layer(ttt_lr_activation="hardsigmoid")
@@ -83,7 +97,7 @@ def test_a_memory_of_before_these_fields_is_known_again():
     """The digest that the code before them wrote; one with a gate is another model."""
     before = "90fafff413549c3b85df410c3fd0d0f39ef3ac61a8dba9759876b34d9aafbd8b"
     assert make_model()._config_fingerprint() == before
-    for kwargs in ({"ttt_head_gate": True}, {"ttt_lr_activation": "hardsigmoid"}):
+    for kwargs in ({"ttt_head_gate": True}, {"ttt_lr_activation": "hardsigmoid"}, {"ttt_divide_repeats": True}):
         assert make_model(**kwargs)._config_fingerprint() != before
 
 

@@ -354,6 +354,53 @@ def test_packed_sequences_do_not_see_each_other(ttt_type, seed, lengths):
         assert_states_close(last.select(torch.tensor([row])), alone_last, 1e-5)
 
 
+@properties
+@given(
+    seed=st.integers(0, 2**31),
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    cuts=st.lists(st.integers(0, 12), max_size=4),
+    data=st.data(),
+)
+def test_repeats_of_keys(seed, lengths, cuts, data):
+    """Squares of positive cosines in the mini-batch, of rows that are padded and cut, packed, or go token by token."""
+    mini_batch_size, longest = 4, max(lengths)
+    tokens, parameters, initial = random_inputs("linear", seed, len(lengths), length=longest, dtype=torch.float64)
+    lr, keys, expected = tokens[3], [], []
+    for row, length in enumerate(lengths):
+        k = tokens[1][row, :, :length]  # [H, T, D]
+        cosines = torch.nn.functional.cosine_similarity(k[:, :, None], k[:, None], dim=-1)
+        steps = torch.arange(length) // mini_batch_size
+        keys.append(k)
+        expected.append((cosines.clamp(min=0).square() * (steps == steps[:, None])).tril().sum(-1))
+
+    def repeats(k, state, **masks):
+        found = ops_ttt_omni.key_repeats(k, state, mini_batch_size, **masks)
+        columns = (torch.zeros_like(k), k, torch.zeros_like(k), lr[:1, :, :1].expand(k.shape[:3]))
+        return found, ttt_linear(*columns, *parameters, state, **masks)[1]
+
+    mask, padded = torch.zeros(len(lengths), longest, dtype=torch.bool), torch.full_like(tokens[1], torch.nan)
+    for row, length in enumerate(lengths):
+        mask[row, data.draw(st.permutations(range(longest)))[:length]] = True
+        padded[row, :, mask[row]] = keys[row]
+    state, found, start = TTTLinearState.initial(*initial, len(lengths)), [], 0
+    for length in cut(longest, cuts):
+        columns = slice(start, start := start + length)
+        if length:
+            part, state = repeats(padded[:, :, columns], state, attention_mask=mask[:, columns])
+            found.append(part)
+    found = torch.cat(found, dim=2)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    state = TTTLinearState.initial(*initial, len(lengths))
+    packed, _ = repeats(torch.cat(keys, dim=1)[None], state, cu_seqlens=bounds)
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(found[row][:, mask[row]], expected[row], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(packed[0, :, bounds[row] : bounds[row + 1]], expected[row], rtol=1e-9, atol=1e-9)
+        state = TTTLinearState.initial(*initial, 1)
+        for token in range(length):
+            one, state = repeats(keys[row][None, :, token : token + 1], state)
+            torch.testing.assert_close(one[0, :, 0], expected[row][:, token], rtol=1e-9, atol=1e-9)
+
+
 @TTT_TYPES
 @properties
 @given(seed=st.integers(0, 2**31), length=st.integers(1, 20), back=st.integers(0, 4))

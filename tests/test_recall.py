@@ -1,6 +1,7 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 """`ttt-omni evaluate`, on models whose right answer is known, and the corpus that demands recall."""
 
+import copy
 import json
 import random
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausa
 from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM, TTTOmniProcessor, ttt_lora_config
 from ttt_omni.commands.cli import main
 from ttt_omni.conversion import convert_llama_omni
-from ttt_omni.evaluation import recall
+from ttt_omni.evaluation import conditions, recall
 from ttt_omni.evaluation.conditions import conditions_of, load, max_length, read, state_alone, under
 from ttt_omni.evaluation.corpus import HEARD, REMEMBERED, make_recall_corpus
 from ttt_omni.evaluation.facts import HELD_OUT_KINDS, KINDS, Fact, draw_facts, read_facts
@@ -42,7 +43,7 @@ def talk(tmp_path):
 
 
 class Listener(torch.nn.Module):
-    """It reads its cache as text: `respond` says what follows the stem, of the fact asked for and all of the facts."""
+    """It reads its cache as texts: `respond` says what follows a stem, of the fact asked for and all of the facts."""
 
     device = torch.device("cpu")
     config = LlamaConfig(num_hidden_layers=1, max_position_embeddings=10**6)
@@ -54,12 +55,15 @@ class Listener(torch.nn.Module):
     def forward(self, input_ids, cache, **kwargs):
         keys = input_ids.double()[:, None, :, None]
         keys, _ = cache.update(keys, keys, 0)
-        text, _, said = self.tokenizer.decode(keys.flatten().long()).rpartition("<|im_start|>assistant\n")
+        following = torch.tensor([[self.following(row)] for row in keys.flatten(1).long()])
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(following, len(self.tokenizer)).float())
+
+    def following(self, ids):
+        """The next token of a row."""
+        text, _, said = self.tokenizer.decode(ids).rpartition("<|im_start|>assistant\n")
         fact = next((fact for fact in self.facts if f"user\n{fact.question}<" in text), None)
         answer = "" if fact is None else f"{fact.stem} {self.respond(text, fact, self.facts)}"
-        following = self.tokenizer(answer[len(said) :] + "<|im_end|>", add_special_tokens=False)["input_ids"][0]
-        logits = torch.nn.functional.one_hot(torch.tensor([[following]]), len(self.tokenizer)).float()
-        return SimpleNamespace(logits=logits)
+        return self.tokenizer(answer[len(said) :] + "<|im_end|>", add_special_tokens=False)["input_ids"][0]
 
 
 @pytest.fixture
@@ -72,7 +76,7 @@ def listen(tokenizer, talk, monkeypatch):
 
     def evaluate(respond, **kwargs):
         model = Listener(tokenizer, facts, respond)
-        kwargs = {"num_facts": 6, "rounds": 4, "conditions": ["model"]} | kwargs
+        kwargs = {"num_facts": [6], "rounds": 4, "conditions": ["model"]} | kwargs
         rows = recall.evaluate_recall(model, tokenizer, talk, distances=(900, 200), **kwargs)
         assert [row["distance"] for row in rows] == [200, 900] and {row["asked"] for row in rows} == {24}
         return rows
@@ -121,7 +125,8 @@ def test_who_confuses_the_facts_is_right_by_chance(listen):
         ({"distances": [0]}, "`distances` must be at least 1 token"),
         ({"distances": [2 * 10**6]}, "made for fewer tokens than the distance of 2000000"),
         ({"rounds": 0}, "`rounds` must be at least 1"),
-        ({"num_facts": 1000}, "no 1000 facts"),
+        ({"num_facts": [8, 1000]}, "no 1000 facts"),
+        ({"num_facts": [8, 0]}, "`num_facts` must be at least 1"),
         ({"conditions": ["state"]}, "'state' is no condition of this model: choose from model, nothing told"),
     ],
 )
@@ -136,14 +141,55 @@ def test_a_value_is_whole_words():
     assert not recall.says("tigers", "tiger") and not recall.says("124", "12")
 
 
-def test_one_prefill_is_as_good_as_one_for_each_question(talk, tokenizer):
-    """Questions are asked on copies: what is asked before changes no answer."""
-    model = text_model(HYBRID, vocab_size=len(tokenizer), ttt_gate_init=0.7, **WINDOW)
-    wording, facts = recall.Wording(tokenizer), draw_facts(random.Random(0), 3)
-    cache = DynamicCache(config=model.config)
-    read(model, wording.turn("Hello.", "Hello.", is_first=True), cache)
-    answers = [recall._answer(model, wording, fact, facts, cache, "model") for fact in facts]
-    assert answers[::-1] == [recall._answer(model, wording, fact, facts, cache, "model") for fact in facts[::-1]]
+class Plain(torch.nn.Module):
+    """A model, of which nobody knows what padding does to it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.rows = model, []
+
+    @property
+    def device(self):
+        return self.model.device
+
+    def forward(self, input_ids, cache, use_cache, logits_to_keep):
+        self.rows.append(len(input_ids))
+        return self.model(input_ids, cache=cache, logits_to_keep=logits_to_keep)
+
+
+def one_by_one(model, questions, cache, new_tokens):
+    """Each question on a copy of the cache, token by token."""
+    answers = []
+    for question in questions:
+        copied = copy.deepcopy(cache)
+        said = [int(read(model, torch.tensor([question]), copied).argmax())]
+        for _ in range(new_tokens - 1):
+            said.append(int(read(model, torch.tensor([said[-1:]]), copied).argmax()))
+        answers.append(said)
+    return answers
+
+
+@pytest.mark.parametrize("at_once", [1, 10**9])
+@pytest.mark.parametrize("is_ours", [True, False])
+@pytest.mark.parametrize("condition", ["model", "state", "full"])
+def test_questions_asked_together_are_answered_as_one_by_one(condition, is_ours, at_once, monkeypatch):
+    monkeypatch.setattr(conditions, "BYTES_AT_ONCE", at_once)
+    with under("full" if condition == "full" else "model", text_model(HYBRID, ttt_gate_init=0.7, **WINDOW)) as model:
+        cache = DynamicCache(config=model.config)
+        generator = torch.Generator().manual_seed(0)
+        read(model, torch.randint(50, (1, 21), generator=generator), cache)
+        cache = state_alone(model, cache) if condition == "state" else cache
+        lengths = [3, 9, 4, 9, 3, 1]
+        questions = [torch.randint(50, (length,), generator=generator).tolist() for length in lengths]
+        expected, asked = one_by_one(model, questions, cache, 7), model if is_ours else Plain(model)
+        assert conditions.answer(asked, questions, cache, 7, None) == expected
+        assert conditions.answer(asked, questions[::-1], cache, 7, None) == expected[::-1]  # the cache is as it was
+        stop = expected[0][0]
+        ends = [said[: said.index(stop) + 1] if stop in said else said for said in expected]
+        found = conditions.answer(asked, questions[:1], cache, 7, stop)
+        assert found == ends[:1] == [[stop]]
+    if not is_ours and at_once > 1:
+        assert max(asked.rows) == 2  # those of the same length
 
 
 def test_conditions():
@@ -178,14 +224,14 @@ def test_conditions():
 
 def test_state_alone():
     """It is all that is left: the same where nothing but the state can know, and not where attention does."""
-    ids = [i * 7 % 50 for i in range(21)]
+    ids = torch.arange(21)[None] * 7 % 50
     for layers, is_state in ((["linear_attention"] * 2, True), (HYBRID, False)):
         model = text_model(layers, ttt_gate_init=0.7, **WINDOW)
         cache = DynamicCache(config=model.config)
         read(model, ids, cache)
         alone, fresh = state_alone(model, cache), DynamicCache(config=model.config)
         assert all(layer.get_seq_length() == 0 for layer in alone.layers)
-        found = [read(model, [5, 6, 7], each) for each in (cache, alone, fresh)]
+        found = [read(model, torch.tensor([[5, 6, 7]]), each) for each in (cache, alone, fresh)]
         assert torch.allclose(found[0], found[1], atol=1e-5) == is_state
         assert not torch.allclose(found[1], found[2], atol=1e-3)
 
@@ -307,13 +353,16 @@ def test_command_on_a_model_of_transformers(tokenizer, talk, tmp_path, capsys):
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     tokenizer.save_pretrained(tmp_path / "llama")
     words = ["evaluate", "recall", "--model", tmp_path / "llama", "--talk", talk, "--output", tmp_path / "out"]
-    words += ["--distances", "64,300,5000", "--num-facts", "2", "--rounds", "1"]
+    words += ["--distances", "64,300,5000", "--num-facts", "2,4", "--rounds", "1"]
     main([str(word) for word in words])
-    assert "| the model as it is | 0% | 0% |" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("| the model as it is | 0% | 0% |") == 2
     result = json.loads((tmp_path / "out" / "recall.json").read_text())
-    assert {(row["condition"], row["distance"]) for row in result["rows"]} == {
-        (condition, distance) for condition in ("model", "nothing told") for distance in (64, 300)
-    }  # 5,000 tokens are more than it is made for
+    assert [(row["condition"], row["facts"], row["distance"], row["asked"]) for row in result["rows"]] == [
+        (condition, facts, distance, facts)
+        for condition in ("model", "nothing told")
+        for facts in (2, 4)
+        for distance in (64, 300)
+    ]  # 5,000 tokens are more than it is made for
     assert (tmp_path / "out" / "recall.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(SystemExit):
         main([str(word) for word in [*words, "--output", tmp_path / "none", "--conditions", "window"]])
