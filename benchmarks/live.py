@@ -70,7 +70,8 @@ def layers_of_shapes(dtype: torch.dtype) -> dict[str, torch.nn.Module]:
             )
             model = TTTOmniForCausalLM(config).eval()
             weights = {
-                key.replace("model.", "model.language_model.", 1): x for key, x in models["parent"].state_dict().items()
+                key.replace("model.", "model.language_model.", 1): x
+                for key, x in models["parent"].state_dict().items()
             }
             model.load_state_dict(weights, strict=False, assign=True)
             models[name] = model
