@@ -3,6 +3,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import Cache, PreTrainedConfig
@@ -19,6 +20,7 @@ from .ops_ttt_omni import TTTLinearState, TTTMLPState, TTTState
 # A token's place is its index among the tokens of its sequence (padding is no token: -1), plus the index of its
 # sequence in a packed row shifted by this. Places grow along a row, and those of two sequences are never near.
 SEQUENCE_SHIFT = 40
+COLUMNS_OF_ROOM = 256  # for tokens to come; their memory is moved as seldom
 
 
 class OwnedTensorsMixin:
@@ -29,6 +31,7 @@ class OwnedTensorsMixin:
     columns_without_padding: int = 0  # how many of the last columns hold a token in every row
     record_past: bool = False  # whether `crop` may go back further than the state alone can
     earlier: tuple[TTTState, int] | None = None  # the state before the last step, and the tokens since
+    is_state_saved: bool = False  # for a backward pass, as far as is known
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the layer holds, by name; nothing before the first token."""
@@ -141,15 +144,133 @@ class OwnedTensorsMixin:
         self.map(lambda x: x[indices.to(x.device)])
 
 
+@dataclass
+class Room:
+    """Memory for keys and values `[B, H, L, D]`, of which the first `used` columns are never written to again."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    used: int
+
+
 class FullAttentionLayer(OwnedTensorsMixin, DynamicLayer):
-    """Keys and values of all tokens."""
+    """
+    Keys and values of all tokens. Without gradients they are views of memory that has room for the next ones, which
+    only the first of several snapshots takes.
+    """
+
+    room: Room | None = None
+
+    def update(self, key_states, value_states, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self.room = None
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        if start > 0 and self.keys.shape[:2] != key_states.shape[:2]:
+            raise ValueError(
+                f"The cache has {len(self.keys)} rows with {self.keys.shape[1]} heads, and the new tokens "
+                f"{len(key_states)} with {key_states.shape[1]}."
+            )
+        if not self._has_room(start, end):
+            self.room = Room(*(_with_room(x, end) for x in (key_states, value_states)), start)
+            if start > 0:
+                self.room.keys[:, :, :start].copy_(self.keys)
+                self.room.values[:, :, :start].copy_(self.values)
+        self.room.keys[:, :, start:end].copy_(key_states)
+        self.room.values[:, :, start:end].copy_(value_states)
+        self.room.used = end
+        self.keys, self.values = self.room.keys[:, :, :end], self.room.values[:, :, :end]
+        return self.keys, self.values
+
+    def _has_room(self, start: int, end: int) -> bool:
+        """Whether keys and values are those of the room, and nobody has written behind them."""
+        room = self.room
+        return (
+            room is not None
+            and room.used == start
+            and room.keys.shape[2] >= end
+            and all(
+                held.data_ptr() == whole.data_ptr() and held.stride() == whole.stride() and len(held) == len(whole)
+                for held, whole in ((self.keys, room.keys), (self.values, room.values))
+            )
+            and (torch.is_inference_mode_enabled() or not room.keys.is_inference())
+        )
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().map(function)
+        self.room = None
+
+    def reset(self) -> None:
+        super().reset()
+        self.room = None
+
+
+def _with_room(x: torch.Tensor, length: int) -> torch.Tensor:
+    """Memory for `length` columns and some more, of the kind of `x` `[B, H, T, D]`."""
+    return x.new_empty(*x.shape[:2], length + COLUMNS_OF_ROOM, x.shape[3])
+
+
+@dataclass
+class WindowStep:
+    """Where one more token of each row goes in a [`WindowRing`], and what it sees: the same in all layers."""
+
+    columns: torch.LongTensor  # [B], or [1] where it is the same in all rows
+    lengths: torch.LongTensor  # [B], tokens of each row, this one included
+    fewest: int  # of them, as far as the host knows
+    seen: int  # columns that some row sees, from the first on
+    visible: torch.BoolTensor | None  # [B, 1, 1, seen], `None` where each row sees all of them
+    sink_rotation: tuple[torch.Tensor, torch.Tensor] | None  # [B, 1, 1, D] twice, `None` where sinks stay as they are
+
+
+@dataclass
+class WindowRing:
+    """
+    A window to which tokens come one by one, written in place: first the sinks, then, at its index modulo the window's
+    size, each of the last `sliding_window` tokens. So each row sees the first columns, in any order, and once its
+    window is full, all of them but the last one, which takes padding.
+    """
+
+    keys: torch.Tensor  # [B, H, attention_sinks + sliding_window + 1, D], the sinks turned as the last token sees them
+    values: torch.Tensor  # of the same shape
+    sinks: torch.Tensor  # [B, H, attention_sinks, D], their keys as they were
+    turned_sinks: torch.Tensor  # the same a quarter of a turn later, so that any rotation is a sum of the two
+    lengths: torch.LongTensor  # [B], tokens of each row
+    fewest: int  # of them, as far as the host knows
+    is_shared: bool = False  # with a snapshot
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "WindowRing":
+        return replace(self, **{name: function(x) for name, x in self.tensors.items()})
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor, step: WindowStep) -> None:
+        """One token of each row, `[B, H, 1, D]` twice."""
+        for buffer, x in ((self.keys, keys), (self.values, values)):
+            if step.columns.shape[0] == 1:
+                buffer.index_copy_(2, step.columns, x)
+            else:
+                buffer.scatter_(2, step.columns[:, None, None, None].expand_as(x), x)
+        if step.sink_rotation is not None:
+            cos, sin = step.sink_rotation
+            turned = torch.addcmul(self.sinks * cos, self.turned_sinks, sin)
+            self.keys[:, :, : self.sinks.shape[2]].copy_(turned)
+        self.lengths, self.fewest = step.lengths, step.fewest
 
 
 class SlidingWindowLayer(OwnedTensorsMixin, DynamicLayer):
-    """Keys and values of each row's last `sliding_window - 1` and first `attention_sinks` tokens."""
+    """
+    Keys and values of each row's last `sliding_window - 1` and first `attention_sinks` tokens: in the order of their
+    columns, or where tokens come one by one, in a [`WindowRing`].
+    """
 
     names = ("keys", "values", "places")
     past: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # all since the last `crop`, where recorded
+    ring: WindowRing | None = None  # in the place of keys, values and places
 
     def __init__(self, sliding_window: int, attention_sinks: int):
         super().__init__()
@@ -157,6 +278,19 @@ class SlidingWindowLayer(OwnedTensorsMixin, DynamicLayer):
         self.attention_sinks = attention_sinks
         self.cumulative_length = 0
         self.places: torch.LongTensor | None = None  # [B, L], -1 where a column holds no token
+
+    @property
+    def capacity(self) -> int:
+        """The number of tokens of a row that are kept."""
+        return self.attention_sinks + self.sliding_window - 1
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        unrolled = {} if self.ring is None else dict(zip(self.names, self._unrolled()))
+        return unrolled | super().tensors()
+
+    def load(self, tensors: dict[str, torch.Tensor], length: int) -> None:
+        super().load(tensors, length)
+        self.ring = None
 
     def update_window(
         self, keys: torch.Tensor, values: torch.Tensor, places: torch.LongTensor
@@ -175,6 +309,8 @@ class SlidingWindowLayer(OwnedTensorsMixin, DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
             self.keys, self.values, self.places = keys[:, :, :0], values[:, :, :0], places[:, :0]
+        if self.ring is not None:
+            (self.keys, self.values, self.places), self.ring = self._unrolled(), None
         self.cumulative_length += keys.shape[2]
         if self.record_past:
             past = (self.keys, self.values, self.places) if self.past is None else self.past
@@ -187,8 +323,7 @@ class SlidingWindowLayer(OwnedTensorsMixin, DynamicLayer):
         return keys, values, places
 
     def _evict(self, keys, values, places):
-        capacity = self.attention_sinks + self.sliding_window - 1
-        surplus = places.shape[1] - capacity
+        surplus = places.shape[1] - self.capacity
         if surplus <= 0:
             return keys, values, places
         newest = places.amax(1, keepdim=True)
@@ -199,6 +334,109 @@ class SlidingWindowLayer(OwnedTensorsMixin, DynamicLayer):
         columns = keep.to(torch.int8).argsort(dim=1, stable=True)[:, surplus:]  # [B, capacity]
         places = torch.where(keep, places, -1).gather(1, columns)
         return _take_columns(keys, columns), _take_columns(values, columns), places
+
+    def plan_step(
+        self,
+        places: torch.LongTensor,
+        may_be_padding: bool,
+        rotate: Callable[[torch.LongTensor], tuple[torch.Tensor, torch.Tensor]],
+    ) -> WindowStep | None:
+        """
+        Where one more token of each row goes, in this layer and all like it, and what it sees. `None` where it has to
+        be appended by `update_window`: to a window without all of its sinks, to one whose past is recorded, and where
+        a backward pass may need what would be overwritten.
+
+        Args:
+            places: `[B, 1]`, of the tokens.
+            may_be_padding: whether some of them may be none.
+            rotate: makes of distances `[B, 1]` their rotations, `[B, 1, D]` twice.
+        """
+        if torch.is_grad_enabled() or self.record_past or not self.is_initialized:
+            return None
+        if self.ring is None and not self._roll():
+            return None
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling and self.ring.keys.is_inference() and not torch.is_inference_mode_enabled():
+            return None
+        sinks, window = self.attention_sinks, self.sliding_window
+        size, fewest = sinks + window, self.ring.fewest + (not may_be_padding)
+        columns = torch.where(places < sinks, places, sinks + (places - sinks) % window)
+        lengths = places + 1
+        if may_be_padding:
+            is_token = places >= 0
+            columns = torch.where(is_token, columns, size)  # the last one
+            lengths = torch.where(is_token, lengths, self.ring.lengths[:, None])
+        if is_compiling:  # where what depends on the length would be compiled for each
+            seen, is_even, is_full, is_far = size, False, False, True
+        else:
+            seen = min(self.cumulative_length + 1, size)
+            is_even, is_full = fewest == self.cumulative_length + 1, fewest >= size
+            is_far = self.cumulative_length > self.capacity
+        visible = None
+        if not (is_even or is_full):
+            visible = torch.arange(seen, device=places.device) < lengths  # [B, seen]
+            visible = (visible | (places < 0))[:, None, None]  # padding sees something, or its softmax would be NaN
+        sink_rotation = None
+        if is_far and sinks:
+            sink_rotation = tuple(x[:, None] for x in rotate((places - self.capacity).clamp(min=0)))
+        return WindowStep(columns[: 1 if is_even else None, 0], lengths[:, 0], fewest, seen, visible, sink_rotation)
+
+    def update_step(
+        self, keys: torch.Tensor, values: torch.Tensor, step: WindowStep
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Writes one token of each row, `[B, H, 1, D]` twice, as `plan_step` has it.
+
+        Returns:
+            Keys and values of what these tokens see, `[B, H, seen, D]` twice.
+        """
+        if self.ring is None:
+            self._roll()
+        if self.ring.is_shared:
+            self.ring = replace(self.ring.map(torch.clone), is_shared=False)
+        self.ring.write(keys, values, step)
+        self.cumulative_length += 1
+        return self.ring.keys[:, :, : step.seen], self.ring.values[:, :, : step.seen]
+
+    def _roll(self) -> bool:
+        """Makes a ring of the columns, unless a row lacks sinks, or tokens in between as no model leaves it."""
+        if self.places.shape[1] == 0:
+            return False
+        lengths = self.places.amax(1) + 1  # [B]
+        fewest, sinks, size = int(lengths.min()), self.attention_sinks, self.attention_sinks + self.sliding_window
+        held = (self.places >= 0).sum(1)
+        if fewest < max(sinks, 1) or int(self.places.max()) >> SEQUENCE_SHIFT:
+            return False
+        if not torch.equal(held, lengths.clamp(max=self.capacity)):
+            return False
+        columns = torch.where(self.places < sinks, self.places, sinks + (self.places - sinks) % self.sliding_window)
+        columns = torch.where(self.places < 0, size, columns)  # [B, L]
+        count = self.places.shape[1]
+        source = torch.full((len(columns), size + 1), count, device=columns.device)
+        source.scatter_(1, columns, torch.arange(count, device=columns.device).expand_as(columns))
+        source[:, size] = count  # a column of zeros, as all others without a token
+        keys, values = (
+            _take_columns(torch.nn.functional.pad(x, (0, 0, 0, 1)), source) for x in (self.keys, self.values)
+        )
+        turned = keys[:, :, :sinks]
+        half = turned.shape[-1] // 2
+        turned = torch.cat([-turned[..., half:], turned[..., :half]], dim=-1)
+        self.ring = WindowRing(keys, values, keys[:, :, :sinks].clone(), turned, lengths, fewest)
+        self.keys = self.values = self.places = None
+        return True
+
+    def _unrolled(self) -> tuple[torch.Tensor, torch.Tensor, torch.LongTensor]:
+        """Keys, values and places of the ring in the order of columns, those without a token first."""
+        ring, sinks = self.ring, self.attention_sinks
+        count = min(self.cumulative_length, self.capacity)
+        held = ring.lengths.clamp(max=self.capacity)[:, None]  # [B, 1]
+        places = torch.arange(count, device=held.device) - (count - held)  # [B, count]
+        places = torch.where(places < sinks, places, places + ring.lengths[:, None] - held).clamp(min=-1)
+        columns = torch.where(places < sinks, places, sinks + (places - sinks) % self.sliding_window).clamp(min=0)
+        keys = torch.cat([ring.sinks, ring.keys[:, :, sinks:]], dim=2)
+        is_token = (places >= 0)[:, None, :, None]
+        keys, values = (_take_columns(x, columns).masked_fill(~is_token, 0) for x in (keys, ring.values))
+        return keys, values, places
 
     def update(self, *args, **kwargs):
         raise NotImplementedError("A window with sinks needs each token's place: call `update_window`.")
@@ -218,9 +456,15 @@ class SlidingWindowLayer(OwnedTensorsMixin, DynamicLayer):
         super().forget_past()
         self.past = None
 
+    def prefetch(self) -> None:
+        held = self.keys if self.ring is None else self.ring.keys
+        if held is not None and held.device != self.device:
+            super().prefetch()
+
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().map(function)
         self.past = None if self.past is None else tuple(map(function, self.past))
+        self.ring = None if self.ring is None else self.ring.map(function)
 
     def crop(self, tokens_to_remove: int) -> None:
         state, columns = self._state_before(abs(tokens_to_remove)), abs(tokens_to_remove)
@@ -238,7 +482,7 @@ class SlidingWindowLayer(OwnedTensorsMixin, DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.places = self.past = None
+        self.places = self.past = self.ring = None
 
 
 def _take_columns(x: torch.Tensor, columns: torch.LongTensor) -> torch.Tensor:
@@ -330,12 +574,15 @@ def add_ttt_layers(cache: Cache, config: PreTrainedConfig) -> None:
 def snapshot(cache: Cache) -> Cache:
     """
     `cache` as it is now, to come back to after it went on. Of its tensors only the state of TTT, whose size is fixed,
-    is copied: keys and values are never written to, but replaced.
+    is copied: keys and values are never overwritten, but for a ring's, which whoever writes to it first makes its own.
     """
     layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in layers:
+    for layer, original in zip(layers, cache.layers):
         if getattr(layer, "ttt_state", None) is not None:
             layer.ttt_state = layer.ttt_state.clone()
+        if getattr(layer, "ring", None) is not None:
+            original.ring.is_shared = True
+            layer.ring = copy.copy(original.ring)
     return Cache(layers=layers)
 
 

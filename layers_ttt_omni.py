@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from .cache_ttt_omni import SEQUENCE_SHIFT, OwnedTensorsMixin, SlidingWindowLayer
+from .cache_ttt_omni import SEQUENCE_SHIFT, OwnedTensorsMixin, SlidingWindowLayer, WindowStep
 from .configuration_ttt_omni import SLIDING_LAYER_TYPES, TTT_LAYER_TYPES, TTTOmniTextConfig
 from .ops_ttt_omni import TTTLinearState, TTTMLPState, key_repeats, ttt_linear, ttt_mlp
 
@@ -51,6 +51,7 @@ class TokenLayout(NamedTuple):
     places: torch.LongTensor  # [B, T], see `SEQUENCE_SHIFT`
     mask: torch.Tensor | None = None  # [B, T], false for padding
     cu_seqlens: torch.LongTensor | None = None  # [n + 1], bounds of n packed sequences in the B * T tokens
+    window_step: WindowStep | None = None  # of one token in each row, where windows are rings
 
 
 def lay_out_tokens(
@@ -87,7 +88,7 @@ def lay_out_tokens(
         attention_mask = attention_mask.to(device, torch.bool)
         mask = attention_mask[:, past_length:]
         places = torch.where(mask, attention_mask.cumsum(1)[:, past_length:] - 1, -1)
-        if length == 1 and not torch.compiler.is_compiling() and bool(mask.all()):
+        if not torch.compiler.is_compiling() and bool(mask.all()):
             mask = None
     if position_ids is None:
         return TokenLayout(places.clamp(min=0), places, mask, cu_seqlens)
@@ -122,6 +123,15 @@ class TTTOmniSlidingRotaryEmbedding(TTTOmniRotaryEmbedding):
         index = _index(places.clamp(min=0))
         return *super().forward(x, index), *super().forward(x, index.clamp(max=self.max_distance))
 
+    def of_step(self, x: torch.Tensor, places: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each token, where a ring turns the sinks instead."""
+        return super().forward(x, places.clamp(min=0))
+
+    def of_distance(self, x: torch.Tensor, distance: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """To turn keys by, which have been scaled already."""
+        cos, sin = super().forward(x, distance)
+        return cos / self.attention_scaling, sin / self.attention_scaling
+
 
 def project(module: nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k and v `[B, H, T, D]` of `[B, T, hidden_size]`, normalised as by the backbone's attention."""
@@ -150,11 +160,12 @@ class TTTOmniSlidingAttention(TTTOmniAttention):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        position_embeddings: tuple[torch.Tensor, ...],
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         *,
         places: torch.LongTensor,
+        step: WindowStep | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         window = self.config.sliding_window
@@ -163,12 +174,18 @@ class TTTOmniSlidingAttention(TTTOmniAttention):
         else:
             layer = cache.layers[self.layer_idx]
             layer.prefetch()
+        query, key, value = project(self, hidden_states)  # [B, H, T, D]
+        if step is not None:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+            keys, values = layer.update_step(key, value, step)
+            output, weights = self._attention(query, keys, values, step.visible, **kwargs)
+            return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
         # In blocks, so that the scores of T tokens take T * window memory; the cache makes that the same attention.
         outputs, weights = [], []
         for start in range(0, hidden_states.shape[1], window):
             block = slice(start, start + window)
             output, weight = self._attend(
-                hidden_states[:, block],
+                *(x[:, :, block] for x in (query, key, value)),
                 [x[:, block] for x in position_embeddings],
                 places[:, block],
                 layer,
@@ -176,12 +193,12 @@ class TTTOmniSlidingAttention(TTTOmniAttention):
             )
             outputs.append(output)
             weights.append(weight)
-        return torch.cat(outputs, dim=1), weights[0] if len(weights) == 1 else None
+        output = torch.cat(outputs, dim=1)  # [B, T, H, D]
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights[0] if len(weights) == 1 else None
 
-    def _attend(self, hidden_states, position_embeddings, places, layer, **kwargs):
+    def _attend(self, query, key, value, position_embeddings, places, layer, **kwargs):
         cos, sin, sink_cos, sink_sin = position_embeddings
-        query, key, value = project(self, hidden_states)
-        query_to_sinks, _ = apply_rotary_pos_emb(query, query, sink_cos, sink_sin)
+        query_to_sinks, _ = apply_rotary_pos_emb(query, query[:, :0], sink_cos, sink_sin)
         query, key = apply_rotary_pos_emb(query, key, cos, sin)
         keys, values, key_places = layer.update_window(key, value, places)  # [B, H, L + T, D], [B, L + T]
 
@@ -196,10 +213,17 @@ class TTTOmniSlidingAttention(TTTOmniAttention):
         in_sequence = (key_places >= query_places - _index(query_places)) & (key_places <= query_places)
         visible = in_sequence & (in_window | is_sink[:, None, :])
         visible = (visible | (query_places < 0))[:, None]  # padding sees something, or its softmax would be NaN
+        return self._attention(query, keys, values, visible, **kwargs)
 
-        implementation = "eager" if self.config._attn_implementation == "eager" else "sdpa"
-        if implementation == "eager":
-            visible = torch.where(visible, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+    def _attention(self, query, keys, values, visible, **kwargs):
+        """Over `visible` `[B, 1, T, L]` keys, or all of them: `[B, T, H, D]`, and the weights where they are known."""
+        implementation = windowed_attention_implementation(self.config)
+        width = values.shape[-1]
+        if implementation == "eager" and visible is not None:
+            hidden = torch.zeros_like(visible, dtype=query.dtype)
+            visible = hidden.masked_fill(~visible, torch.finfo(query.dtype).min)
+        elif query.device.type == "cpu":  # whose quick attention takes one width
+            values = nn.functional.pad(values, (0, keys.shape[-1] - width))
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attention(
             self,
@@ -211,7 +235,12 @@ class TTTOmniSlidingAttention(TTTOmniAttention):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+        return output[..., :width], weights
+
+
+def windowed_attention_implementation(config: LlamaConfig) -> str:
+    """That of Transformers' implementations which windowed attention takes."""
+    return "eager" if config._attn_implementation == "eager" else "sdpa"
 
 
 # Attention is all in which the layers of these models differ from Llama's.
@@ -367,6 +396,8 @@ class TTTOmniTTT(nn.Module):
             rows = hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             state = self.inner_model(rows)
             state = state.clone() if inplace else state
+        elif inplace and cache_layer.is_state_saved:
+            state = state.clone()
         state = state.to(hidden_states.device)
 
         q, k, v = self._project(hidden_states, state, token_mask, cu_seqlens)
@@ -398,6 +429,7 @@ class TTTOmniTTT(nn.Module):
             o = torch.cat([first, last], dim=2)
         if cache_layer is not None:
             cache_layer.update_ttt_state(new_state, token_mask, input_shape[1], earlier)
+            cache_layer.is_state_saved = not inplace
         o = self.post_norm(o.transpose(1, 2).reshape(*input_shape[:-1], -1))  # [B, T, H * D]
         if self.config.ttt_head_gate:
             gate = torch.sigmoid(self.head_gate(hidden_states.to(self.head_gate.bias.dtype)))
@@ -500,6 +532,9 @@ class TTTOmniDecoderLayer(GradientCheckpointingLayer):
         """Attention's part `[B, T, hidden_size]`, `None` in a layer without."""
         if self.self_attn is None:
             return None
-        kwargs |= {"places": layout.places} if self.is_sliding else {"position_ids": layout.position_ids}
+        if self.is_sliding:
+            kwargs |= {"places": layout.places, "step": layout.window_step}
+        else:
+            kwargs["position_ids"] = layout.position_ids
         # By position: an argument that is renamed would disappear in the attention's `**kwargs`.
         return self.self_attn(hidden_states, position_embeddings, attention_mask, cache, **kwargs)[0]

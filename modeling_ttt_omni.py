@@ -1,6 +1,7 @@
 # Copyright 2026 The TTT-Omni authors. Licensed under the Apache License, Version 2.0.
 """TTT-Omni: LLaMA-Omni whose language model remembers through Test-Time Training."""
 
+import functools
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from .layers_ttt_omni import (
     TTTOutputGate,
     TTTTokenScale,
     lay_out_tokens,
+    windowed_attention_implementation,
 )
 from .memory_ttt_omni import TTTOmniMemoryMixin
 from .vocoder_ttt_omni import TTTOmniVocoder
@@ -211,16 +213,28 @@ class TTTOmniDecoderStack(TTTOmniPreTrainedModel):
                 layout.position_ids,
                 allow_is_causal_skip=not is_static,
             )
-        rotations = {False: self.rotary_emb(hidden_states, layout.position_ids)}
+        rotations = {}  # by whether they are a window's
+        if set(self.config.layer_types) - {"linear_attention", *SLIDING_LAYER_TYPES}:
+            rotations[False] = self.rotary_emb(hidden_states, layout.position_ids)
         if self.has_sliding_layers:
-            rotations[True] = self.sliding_rotary_emb(hidden_states, layout.places)
+            layout = layout._replace(window_step=self._plan_window_step(hidden_states, layout, cache))
+            rotate = self.sliding_rotary_emb if layout.window_step is None else self.sliding_rotary_emb.of_step
+            rotations[True] = rotate(hidden_states, layout.places)
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states, causal_mask, rotations[layer.is_sliding], layout, cache=cache, **kwargs
+                hidden_states, causal_mask, rotations.get(layer.is_sliding), layout, cache=cache, **kwargs
             )
         if cache is not None:
             _check_written(cache, past_length + length)
         return hidden_states
+
+    def _plan_window_step(self, hidden_states, layout, cache):
+        """Of a token that goes into the windows' rings, `None` where tokens are appended."""
+        if cache is None or hidden_states.shape[1] != 1 or windowed_attention_implementation(self.config) == "eager":
+            return None
+        first = next(layer.layer_idx for layer in self.layers if layer.is_sliding)
+        rotate = functools.partial(self.sliding_rotary_emb.of_distance, hidden_states)
+        return cache.layers[first].plan_step(layout.places, layout.mask is not None, rotate)
 
 
 def check_forward_kwargs(module: nn.Module, kwargs: dict) -> None:

@@ -8,6 +8,7 @@ Notation: B rows, H heads, T tokens, D head size, F inner width of TTT-MLP (4 D)
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -273,7 +274,7 @@ def _ttt(mini_batch, q, k, v, lr, token_scale, ln_weight, ln_bias, state, attent
         return q.clone(), state
     with _no_autocast(q.device.type):  # in the state's dtype, whatever the rest of the model runs in
         if q.shape[2] == 1 and attention_mask is None and cu_seqlens is None:
-            return _decode(mini_batch, q, k, v, lr, scale, norm, state)
+            return _decode(mini_batch, q, k, v, lr, scale, norm, state, inplace and not torch.is_grad_enabled())
         return _prefill(mini_batch, q, k, v, lr, scale, norm, state, attention_mask, cu_seqlens, checkpoint_group_size)
 
 
@@ -368,14 +369,24 @@ def with_pending_rows(state: TTTState, mini_batch_size: int) -> TTTState:
     return replace(state, **rows)
 
 
-def _decode(mini_batch, q, k, v, lr, scale, norm, state):
+def _decode(mini_batch, q, k, v, lr, scale, norm, state, inplace):
     """One token per row: a mini-batch of one row instead of m."""
     complete = state.position + 1 == scale.shape[0]
     rows = (x.to(scale.dtype) for x in (q, k, v, lr.unsqueeze(-1)))
-    slot = state.position[:, None]  # [B, 1]
-    here = slot == torch.arange(scale.shape[0], device=q.device)  # [B, m]
-    o, state = mini_batch(*rows, here, _reach(slot, scale), scale[-1], norm, state, complete, has_pending=True)
+    reach = scale[state.position].view(-1, 1, 1, 1)  # rows not yet seen are 0, and need no other
+    if inplace and not torch.compiler.is_compiling() and _is_ours(state.k):
+        state = replace(state, **{name: getattr(state, name).contiguous() for name in state.pending_rows})
+        place = partial(_write, slot=state.position)
+    else:
+        here = state.position[:, None] == torch.arange(scale.shape[0], device=q.device)  # [B, m]
+        place = partial(_place, here=here)
+    o, state = mini_batch(*rows, place, reach, scale[-1], norm, state, complete, has_pending=True)
     return o.to(q.dtype), replace(state, position=torch.where(complete, 0, state.position + 1))
+
+
+def _is_ours(x):
+    """Whether `x` may be written to."""
+    return torch.is_inference_mode_enabled() or not x.is_inference()
 
 
 def _prefill(mini_batch, q, k, v, lr, scale, norm, state, attention_mask, cu_seqlens, checkpoint_group_size):
@@ -397,7 +408,8 @@ def _prefill(mini_batch, q, k, v, lr, scale, norm, state, attention_mask, cu_seq
             slot_n = n * mini_batch_size + slot
             here = (slot_n >= begin[:, None]) & (slot_n < end[:, None])  # [R, m]
             complete = (n + 1) * mini_batch_size <= end  # [R]
-            o, state = mini_batch(*rows, here, reach, scale[-1], norm, state, complete, has_pending)
+            place = partial(_place, here=here)
+            o, state = mini_batch(*rows, place, reach, scale[-1], norm, state, complete, has_pending)
             outputs.append(o.to(q.dtype).transpose(1, 2))  # [R, m, H, D]
             has_pending = _any(~complete)
         return torch.cat(outputs, dim=1), state
@@ -472,18 +484,19 @@ def _grid(q, row, rank, is_token, begin, lengths, mini_batch_size):
     return to_grid, from_grid, num_mini_batches
 
 
-# A mini-batch of the inner loop. Its r new rows stand at the positions `here` [B, m] of m: r is m in a prefill, 1 in a
-# decode. Rows without a token are 0, with lr 0. `complete` [B] says which rows of the batch have their mini-batch
-# filled by it, and step on to the next; `has_pending`, whether the state's pending rows are other than 0. `reach`
-# [B, 1, r, m] is s_i where j <= i, else 0; `step` is s of the last position.
+# A mini-batch of the inner loop, of r new rows: m in a prefill, 1 in a decode. `place` puts them among the m pending
+# ones. Rows without a token are 0, with lr 0. `complete` [B] says which rows of the batch have their mini-batch filled
+# by it, and step on to the next; `has_pending`, whether the state's pending rows are other than 0. `reach`
+# [B, 1, r, m], or what expands to it, is s_i where j <= i; where j > i it is 0 or there are no rows yet. `step` is s
+# of the last position.
 
 
-def _linear_mini_batch(q, k, v, lr, here, reach, step, norm, state, complete, has_pending):
+def _linear_mini_batch(q, k, v, lr, place, reach, step, norm, state, complete, has_pending):
     ln_weight, ln_bias = (x.unsqueeze(1) for x in norm)  # [H, 1, D]
     z1 = _affine(k, state.W1, state.b1)  # [B, H, r, D]
     u1 = lr * _layer_norm_l2_grad(z1, v, k, ln_weight, ln_bias)
     if has_pending:
-        k, u1 = _place((k, u1), (state.k, state.u1), here)  # [B, H, m, D]
+        k, u1 = place((k, u1), (state.k, state.u1))  # [B, H, m, D]
     z1 = _stepped_affine(q, state.W1, state.b1, k, u1, reach)
     o = _residual_layer_norm(q, z1, ln_weight, ln_bias)
 
@@ -494,7 +507,7 @@ def _linear_mini_batch(q, k, v, lr, here, reach, step, norm, state, complete, ha
     return o, replace(state, W1=W1, b1=b1, k=k, u1=u1)
 
 
-def _mlp_mini_batch(q, k, v, lr, here, reach, step, norm, state, complete, has_pending):
+def _mlp_mini_batch(q, k, v, lr, place, reach, step, norm, state, complete, has_pending):
     ln_weight, ln_bias = (x.unsqueeze(1) for x in norm)  # [H, 1, D]
     z1 = _affine(k, state.W1, state.b1)  # [B, H, r, F]
     x2 = _gelu(z1)
@@ -503,7 +516,7 @@ def _mlp_mini_batch(q, k, v, lr, here, reach, step, norm, state, complete, has_p
     u1 = lr * _gelu_grad(grad2 @ state.W2.mT, z1)
     u2 = lr * grad2
     if has_pending or not _all(complete):  # x2 is gelu(b1) where no token is
-        k, u1, x2, u2 = _place((k, u1, x2, u2), (state.k, state.u1, state.x2, state.u2), here)  # [B, H, m, D or F]
+        k, u1, x2, u2 = place((k, u1, x2, u2), (state.k, state.u1, state.x2, state.u2))  # [B, H, m, D or F]
     q2 = _gelu(_stepped_affine(q, state.W1, state.b1, k, u1, reach))  # [B, H, r, F]
     z2 = _stepped_affine(q2, state.W2, state.b2, x2, u2, reach)
     o = _residual_layer_norm(q, z2, ln_weight, ln_bias)
@@ -535,6 +548,16 @@ def _keep(x, flags):
 def _place(rows, pending, here):
     """Each of `rows` [B, H, r, d] at its positions `here` among the m of its `pending`."""
     return tuple(torch.where(here[:, None, :, None], *pair) for pair in zip(rows, pending))
+
+
+def _write(rows, pending, slot):
+    """The same of one row each, at its `slot` [B], in the memory of `pending`."""
+    for x, whole in zip(rows, pending):
+        if len(x) == 1:
+            whole.index_copy_(2, slot, x)
+        else:
+            whole.scatter_(2, slot[:, None, None, None].expand_as(x), x)
+    return pending
 
 
 def _reach(slot, scale):

@@ -248,7 +248,7 @@ def _states(model, length):
 
 
 def _cache_bytes(stream: UnitStream) -> int:
-    return sum(x.nbytes for layer in stream.cache.layers for x in (layer.keys, layer.values))
+    return sum(x.nbytes for layer in stream.cache.layers for x in layer.tensors().values() if x.ndim == 4)
 
 
 def report(name: str, result: dict, arguments: argparse.Namespace) -> None:
