@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_distill(commands)
     _add_make_recall_corpus(commands)
     _add_evaluate(commands)
+    _add_merge(commands)
     _add_export(commands)
     _add_answer(commands)
     _add_chat(commands)
@@ -254,6 +255,7 @@ def _add_make_recall_corpus(commands) -> None:
     corpus.add_argument("--facts", type=int, default=6, metavar="N", help="told in each, at most (default: 6)")
     corpus.add_argument("--asked", type=int, default=4, metavar="N", help="of these, at most (default: 4)")
     corpus.add_argument("--words", type=int, default=120, metavar="N", help="of other talk, at most (default: 120)")
+    corpus.add_argument("--chat", metavar="FILE", help="manifest of ordinary conversations to stand among the rest")
     corpus.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
 
 
@@ -315,6 +317,24 @@ def words(text: str) -> list[str]:
 
 def integers(text: str) -> list[int]:
     return [int(word) for word in words(text)]
+
+
+def _merge(**arguments) -> None:
+    from ..training.lora import merge_adapter
+
+    merge_adapter(**arguments)
+
+
+def _add_merge(commands) -> None:
+    merge = _add_command(
+        commands,
+        "merge",
+        _merge,
+        "Write a model with its adapter merged into it",
+        "--adapter stage-65k --output mine",
+    )
+    merge.add_argument("--adapter", required=True, metavar="DIR_OR_REPO", help="of `finetune` or `distill`")
+    merge.add_argument("--output", required=True, metavar="DIR", help="new folder for the model")
 
 
 def _export(**arguments) -> None:

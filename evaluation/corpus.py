@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from ..files_ttt_omni import new_file
+from ..training.data import SPEECH_TOKEN
 from .facts import draw_facts
 
 
@@ -41,6 +42,7 @@ def make_recall_corpus(
     facts: int = 6,
     asked: int = 4,
     words: int = 120,
+    chat: str | os.PathLike | None = None,
     seed: int = 0,
 ) -> None:
     """
@@ -48,7 +50,7 @@ def make_recall_corpus(
     told, some of them once more with another value, then comes other talk, and then they are asked for.
 
     The user tells and talks, so that what a model learns to say is the answers. Kinds and wordings to judge by are
-    left out.
+    left out. A conversation in four asks for nothing if there is `chat`, which keeps what else the model can say.
 
     Args:
         output: JSONL file to write.
@@ -57,6 +59,7 @@ def make_recall_corpus(
         facts: told in a conversation, half as many to as many.
         asked: at most so many of them.
         words: of other talk, a third as many to as many, in one to three turns; some of them stand between the facts.
+        chat: manifest of ordinary conversations in text, of which some stand among the other talk.
         seed: of the random choices.
 
     Raises:
@@ -68,17 +71,41 @@ def make_recall_corpus(
     if words < 0:
         raise ValueError(f"`words` must be at least 0, got {words}.")
     sentences, draw = read_talk(talk), random.Random(seed)
+    chats = [] if chat is None else read_chat(chat)
     with new_file(Path(output)) as path, open(path, "w", encoding="utf-8") as file:
         for number in range(conversations):
-            turns = _conversation(draw, sentences, facts, asked, words)
+            turns = _conversation(draw, sentences, chats, facts, asked, words)
             turns = [{"from": role, "value": text} for pair in turns for role, text in zip(("human", "gpt"), pair)]
             file.write(json.dumps({"id": str(number), "conversations": turns}, ensure_ascii=False) + "\n")
 
 
+def read_chat(path: str | os.PathLike) -> list[list[tuple[str, str]]]:
+    """
+    The questions and answers of the conversations in a manifest, but those with speech.
+
+    Raises:
+        ValueError, OSError: naming the line that is wrong.
+    """
+    chats = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                texts = [turn["value"] for turn in json.loads(line)["conversations"]]
+                chats.append(list(zip(texts[::2], texts[1::2], strict=True)))
+            except (KeyError, TypeError, ValueError):
+                raise ValueError(f"{path}, line {number}: no conversation of questions and answers.") from None
+    chats = [chat for chat in chats if chat and not any(SPEECH_TOKEN in question for question, _ in chat)]
+    if not chats:
+        raise ValueError(f"{path} has no conversations in text.")
+    return chats
+
+
 def _conversation(
-    draw: random.Random, sentences: list[str], facts: int, asked: int, words: int
+    draw: random.Random, sentences: list[str], chats: list, facts: int, asked: int, words: int
 ) -> list[tuple[str, str]]:
     """Questions and answers."""
+    if chats and draw.random() < 0.25:
+        return [turn for chat in draw.choices(chats, k=asked) for turn in chat]
     count = draw.randint(max(1, facts // 2), facts)
     changes = draw.randint(1, 2) if count > 2 and draw.random() < 0.25 else 0
     told = draw_facts(draw, count, changes=changes)
@@ -88,6 +115,9 @@ def _conversation(
     turns = [(" ".join(group), draw.choice(REMEMBERED)) for group in groups]
     stretches = _cut(draw, _stretch(draw, sentences, draw.randint(words // 3, words)), draw.randint(1, 3))
     between = [(" ".join(stretch), draw.choice(HEARD)) for stretch in stretches]
+    if chats and draw.random() < 0.5:
+        between += draw.choice(chats)
+        draw.shuffle(between)
     if len(groups) > 1 and len(between) > 1:
         turns.insert(1, between.pop())
     turns += between

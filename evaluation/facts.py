@@ -85,6 +85,10 @@ THINGS = _words("key bag phone umbrella wallet camera hammer bottle notebook bal
 OBJECTS = _words("car door house bike boat coat chair table roof fence tent sofa truck gate hat kite")
 EVENTS = _words("meeting concert wedding party exam lesson match lecture funeral festival interview dinner")
 NUMBERS = tuple(str(number) for number in range(11, 100))
+ATTRIBUTES = _words(
+    "code symbol sign nickname keyword hobby team fruit badge brand logo signal mark prize secret title topic "
+    "wish dream motto hero book song dish tool toy charm label token"
+)
 
 KINDS = (
     Kind(
@@ -101,6 +105,22 @@ KINDS = (
             ("What is the password of {subject}?", "The password of {subject} is"),
             ("Which password does {subject} use?", "{subject} uses the password"),
             ("Do you still know {subject}'s password?", "Yes, {subject}'s password is"),
+        ),
+    ),
+    Kind(
+        "attribute",
+        tuple(f"{attribute} of {person}" for attribute in ATTRIBUTES for person in PEOPLE),
+        WORDS,
+        (
+            "The {subject} is {value}.",
+            "Please note that the {subject} is {value}.",
+            "By the way, {value} is the {subject}.",
+            "As for the {subject}, it is {value}.",
+        ),
+        (
+            ("What is the {subject}?", "The {subject} is"),
+            ("Tell me the {subject}.", "The {subject} is"),
+            ("What was the {subject}?", "The {subject} was"),
         ),
     ),
     Kind(

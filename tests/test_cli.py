@@ -289,7 +289,7 @@ def test_bad_usage(arguments, capsys):
     assert "error: " in stderr.splitlines()[-1]
 
 
-COMMANDS = ("convert", "make-tiny", "calibrate", "finetune", "distill", "export", "answer", "chat", "serve")
+COMMANDS = ("convert", "make-tiny", "calibrate", "finetune", "distill", "merge", "export", "answer", "chat", "serve")
 
 
 def test_help(capsys):

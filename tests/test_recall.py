@@ -22,6 +22,7 @@ from ttt_omni.evaluation.facts import HELD_OUT_KINDS, KINDS, Fact, draw_facts, r
 from ttt_omni.evaluation.layers import as_ranges, attention_to_facts, retrieving_layers
 from ttt_omni.evaluation.perplexity import evaluate_perplexity
 from ttt_omni.training import ConversationDataset
+from ttt_omni.training.lora import merge_adapter
 
 
 TALK = "It rained all day. Nobody went out.\nThe cat slept on the chair, and the soup was cold! Was it late?\n" * 20
@@ -125,7 +126,7 @@ def test_who_confuses_the_facts_is_right_by_chance(listen):
         ({"distances": [0]}, "`distances` must be at least 1 token"),
         ({"distances": [2 * 10**6]}, "made for fewer tokens than the distance of 2000000"),
         ({"rounds": 0}, "`rounds` must be at least 1"),
-        ({"num_facts": [8, 1000]}, "no 1000 facts"),
+        ({"num_facts": [8, 3000]}, "no 3000 facts"),
         ({"num_facts": [8, 0]}, "`num_facts` must be at least 1"),
         ({"conditions": ["state"]}, "'state' is no condition of this model: choose from model, nothing told"),
     ],
@@ -273,8 +274,8 @@ def test_facts():
             assert any(fact.told.startswith(pattern) for pattern in patterns)
     assert not {kind.name for kind in KINDS} & {kind.name for kind in HELD_OUT_KINDS}
     assert len(draw_facts(random.Random(0), 128)) == 128
-    with pytest.raises(ValueError, match="no 1000 facts"):
-        draw_facts(random.Random(0), 1000)
+    with pytest.raises(ValueError, match="no 3000 facts"):
+        draw_facts(random.Random(0), 3000)
 
 
 def test_corpus(talk, tmp_path):
@@ -307,6 +308,33 @@ def test_corpus(talk, tmp_path):
         assert word not in text
 
 
+def test_ordinary_conversations_stand_in_the_corpus(talk, tmp_path):
+    """Some alone, some among the other talk; what is spoken is left out, and what is no conversation is refused."""
+    chat = tmp_path / "chat.jsonl"
+    lines = [[{"from": "human", "value": f"What is {n}?"}, {"from": "gpt", "value": f"It is {n}."}] for n in range(20)]
+    lines.append([{"from": "human", "value": "<speech>"}, {"from": "gpt", "value": "I hear."}])
+    chat.write_text("".join(json.dumps({"conversations": turns}) + "\n" for turns in lines))
+    manifest = tmp_path / "recall.jsonl"
+    make_recall_corpus(manifest, talk, conversations=200, words=30, chat=chat)
+    shares = []
+    for line in manifest.read_text().splitlines():
+        texts = [turn["value"] for turn in json.loads(line)["conversations"]]
+        ordinary = [
+            (q, a) for q, a in zip(texts[::2], texts[1::2]) if q.startswith("What is") and a == f"It is {q[8:-1]}."
+        ]
+        shares.append(2 * len(ordinary) / len(texts))
+    assert "<speech>" not in manifest.read_text()
+    assert 0.15 < sum(share == 1 for share in shares) / len(shares) < 0.35
+    assert 0.2 < sum(0 < share < 1 for share in shares) / len(shares) < 0.5
+    for bad in ("[]", "{", '{"conversations": [{"value": "a"}]}', '{"conversations": 3}'):
+        chat.write_text(chat.read_text().splitlines()[0] + "\n" + bad)
+        with pytest.raises(ValueError, match="line 2: no conversation"):
+            make_recall_corpus(manifest, talk, chat=chat)
+    chat.write_text("")
+    with pytest.raises(ValueError, match="no conversations in text"):
+        make_recall_corpus(manifest, talk, chat=chat)
+
+
 def write_graft(folder) -> None:
     """A small one that neither hears nor speaks, in `folder / "graft"`."""
     torch.manual_seed(0)
@@ -333,6 +361,14 @@ def test_an_adapter_is_merged(tmp_path):
     ttt = rounded.model.language_model.layers[0].ttt
     assert (ttt.q_proj.weight.dtype, ttt.inner_model.W1.dtype) == (torch.bfloat16, torch.float32)
     assert len(tokenizer) == len(load(tmp_path / "graft", device="cpu")[1])
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    merged = TTTOmniForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    assert all(tensor.dtype == merged[name].dtype for name, tensor in rounded.state_dict().items())
+    assert all(tensor.equal(merged[name]) for name, tensor in rounded.state_dict().items())
+    assert TTTOmniProcessor.from_pretrained(tmp_path / "merged").tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert not any(path.is_dir() for path in (tmp_path / "merged").iterdir())
+    with pytest.raises(ValueError, match="adapter_config.json"):
+        merge_adapter(tmp_path / "graft", tmp_path / "other")
 
 
 def test_facts_of_ones_own(tmp_path):

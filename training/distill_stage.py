@@ -10,12 +10,11 @@ from transformers.hf_argparser import HfArg
 from ..modeling_ttt_omni import TTTOmniForCausalLM
 from .arguments import StageParser, check_stage
 from .distillation import layer_matching_loss, logit_matching_loss, make_parent
-from .lora import ttt_lora_config
+from .lora import layers_from_ttt, projections_of, ttt_lora_config
 from .stages import StageArguments, StageTrainer, add_adapter, load_base, read_data, run
 
 
 OBJECTIVES = ("layers", "logits")
-PROJECTIONS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"  # that LoRA adapts
 DESCRIPTION = "Give a graft its parent's quality back, one stage of distillation."
 EPILOG = """\
 example, first each TTT layer and then the model, where --model is from `ttt-omni calibrate`:
@@ -108,7 +107,12 @@ def train(stage: DistillationArguments, arguments: TrainingArguments) -> Distill
     graft = load_base(stage, arguments).to(arguments.device)
     parent = make_parent(graft, stage.source)
     data = read_data(stage, graft.config)
-    fresh = ttt_lora_config(graft, stage.rank, modules_to_save=["ttt", "ttt_gate"], target_modules=PROJECTIONS)
+    # Layers are matched without LoRA; `finetune`, for which it is, needs it no lower than where TTT begins.
+    adapted = (
+        layers_from_ttt(graft) if stage.objective == "layers" else range(graft.config.text_config.num_hidden_layers)
+    )
+    projections = projections_of(adapted, "self_attn", "mlp")
+    fresh = ttt_lora_config(graft, stage.rank, modules_to_save=["ttt", "ttt_gate"], target_modules=projections)
     model = add_adapter(graft, fresh, stage)
     return run(DistillationTrainer(model, arguments, stage=stage, parent=parent, **data))
 

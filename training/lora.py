@@ -2,14 +2,19 @@
 """Adapters of PEFT for the layers that remember."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import ModelCardData
 
-from ..files_ttt_omni import new_file
+from ..files_ttt_omni import new_file, new_folder
 from ..layers_ttt_omni import TTT_MODULES_TO_SAVE
+from ..loading import read_config
 from ..modeling_ttt_omni import TTTOmniForCausalLM
+from ..processing_ttt_omni import TTTOmniProcessor
 
 
 if TYPE_CHECKING:
@@ -38,7 +43,7 @@ processor = AutoProcessor.from_pretrained("{base_model}", trust_remote_code=True
 
 def ttt_lora_config(model: TTTOmniForCausalLM, rank: int = 16, **kwargs: Any) -> "LoraConfig":
     """
-    The recommended adapter: LoRA on all projections of the layers that have TTT, and TTT's small modules in full.
+    The recommended adapter: LoRA on all projections from the first layer with TTT on, and TTT's small modules in full.
 
     The layers below, encoder and speech decoder stay as they are, so that no gradient runs through them.
 
@@ -52,19 +57,57 @@ def ttt_lora_config(model: TTTOmniForCausalLM, rank: int = 16, **kwargs: Any) ->
     """
     from peft import LoraConfig  # an optional dependency
 
-    layers = [index for index, layer in enumerate(model.model.language_model.layers) if hasattr(layer, "ttt")]
-    if not layers:
-        raise ValueError("There is nothing to adapt: no layer of the model has TTT.")
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    indices = "|".join(map(str, layers))
     values = {
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": 2 * rank,
-        "target_modules": rf"model\.language_model\.layers\.({indices})\.(self_attn|mlp|ttt)\.\w+_proj",
+        "target_modules": projections_of(layers_from_ttt(model), "self_attn", "mlp", "ttt"),
         "modules_to_save": [name for name in TTT_MODULES_TO_SAVE if name in names],
     }
     return LoraConfig(**(values | kwargs))
+
+
+def merge_adapter(adapter: str | os.PathLike, output: str | os.PathLike) -> None:
+    """
+    Writes the model with the adapter in it, in the base's dtype, into the new folder `output`.
+
+    Args:
+        adapter: folder or repository of an adapter of ours. It is merged in float32, of which memory is needed for
+            all parameters, and rounded once.
+
+    Raises:
+        ValueError: if it is no adapter, or one of another model.
+        FileExistsError: `output` is a file, or a folder that is not empty.
+    """
+    from peft import PeftConfig, PeftModel  # an optional dependency
+
+    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    config = read_config(base)
+    with new_folder(output) as folder:
+        model = TTTOmniForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        with TemporaryDirectory(dir=folder) as precise:
+            model.save_pretrained(precise)
+            del model
+            # Loading knows what stays in float32.
+            model = TTTOmniForCausalLM.from_pretrained(precise, dtype=config.dtype or torch.float32)
+            model.save_pretrained(folder)
+        TTTOmniProcessor.from_pretrained(base).save_pretrained(folder)
+
+
+def layers_from_ttt(model: TTTOmniForCausalLM) -> range:
+    """Indices of the layers from the first one with TTT on. Raises ValueError if none has TTT."""
+    layers = model.model.language_model.layers
+    first = next((index for index, layer in enumerate(layers) if hasattr(layer, "ttt")), None)
+    if first is None:
+        raise ValueError("There is nothing to adapt: no layer of the model has TTT.")
+    return range(first, len(layers))
+
+
+def projections_of(layers: Iterable[int], *parts: str) -> str:
+    """The pattern of all projections of these parts of these layers, as PEFT's `target_modules` takes it."""
+    return rf"model\.language_model\.layers\.({'|'.join(map(str, layers))})\.({'|'.join(parts)})\.\w+_proj"
 
 
 def write_adapter_card(folder: str | os.PathLike, base_model: str, stage: dict[str, Any]) -> None:

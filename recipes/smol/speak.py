@@ -39,24 +39,30 @@ SIZES = {
 
 
 @torch.no_grad()
-def hidden_states(model_folder: Path, records: list[dict], path: Path) -> list[torch.Tensor]:
-    """Of each record's answer, the end of the turn included, `[T, hidden]` in bfloat16; kept in the file `path`."""
+def hidden_states(model_folder: Path, records: list[dict], path: Path) -> list[torch.Tensor | None]:
+    """
+    Of each record's last answer, the end of the turn included, `[T, hidden]` in bfloat16; kept in the file `path`.
+    `None` for what was to be repeated, and the language model would say in other words.
+    """
     if path.exists():
         return torch.load(path, weights_only=True)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).model
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
     states = []
     for start in tqdm(range(0, len(records), 32), desc="Hidden states", unit=" batches"):
-        rows, asked = [], []
+        rows, lengths = [], []
         for record in records[start : start + 32]:
-            question = tokenizer(prompt(tokenizer, record["conversations"][0]["value"]), add_special_tokens=False)[
-                "input_ids"
-            ]
-            answer = tokenizer(record["conversations"][1]["value"], add_special_tokens=False)["input_ids"]
-            rows.append(torch.tensor(question + answer))
-            asked.append(len(question))
-        hidden = model(pad(rows)).last_hidden_state
-        states += [row[first - 1 : len(ids)].clone() for row, first, ids in zip(hidden, asked, rows)]
+            *turns, answer = (turn["value"] for turn in record["conversations"])
+            asked, said = (
+                tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt(tokenizer, *turns), answer)
+            )
+            rows.append(torch.tensor(asked + said))
+            lengths.append((len(asked), len(turns) > 1))
+        hidden = model.model(pad(rows)).last_hidden_state
+        for row, (first, is_repeated), ids in zip(hidden, lengths, rows):
+            row = row[first - 1 : len(ids)].clone()
+            says_it = not is_repeated or model.lm_head(row[:-1]).argmax(-1).equal(ids[first:])
+            states.append(row if says_it else None)
     with new_file(path) as made:
         torch.save(states, made)
     return states
@@ -82,16 +88,17 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.5e-3)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    records = [r for r in read_corpus(arguments.corpus / "units.jsonl") if "units" in r["conversations"][1]]
+    records = [r for r in read_corpus(arguments.corpus / "units.jsonl") if "units" in r["conversations"][-1]]
     states = hidden_states(arguments.model, records, arguments.folder / "states.pt")
     spoken = [
-        (record["split"], row, torch.tensor(record["conversations"][1]["units"]))
+        (record["split"], row, torch.tensor(record["conversations"][-1]["units"]))
         for record, row in zip(records, states)
+        if row is not None
     ]
     spoken = [item for item in spoken if len(item[2]) < arguments.upsample * len(item[1])]
     training = [item for item in spoken if item[0] == "train"]
     held_out = [item for item in spoken if item[0] == "held_out"][:64]
-    width = states[0].shape[1]
+    width = spoken[0][1].shape[1]
     config = TTTOmniSpeechDecoderConfig(
         input_size=width, upsample_factor=arguments.upsample, unit_vocab_size=arguments.units, **SIZES
     )

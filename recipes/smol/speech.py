@@ -67,32 +67,32 @@ def read_question(record: dict, folder: Path, count: int) -> dict:
 
 
 def speak_answer(record: dict, folder: Path) -> dict:
-    """The conversation, its answer spoken, whose latents are kept too."""
-    question, answer = record["conversations"]
+    """The conversation, its last answer spoken, whose latents are kept too."""
+    *before, answer = record["conversations"]
     name = name_of(answer["value"])
     if not (folder / f"{name}.flac").exists():
         samples, latents = voices.joe()(answer["value"], **ANSWER_NOISE)
         with new_file(folder / f"{name}.npy") as made, open(made, "wb") as file:
             np.save(file, latents.astype(np.float16))
         write(folder / f"{name}.flac", samples, voices.JOE_RATE)
-    return record | {"conversations": [question, answer | {"speech": f"{name}.flac"}]}
+    return record | {"conversations": [*before, answer | {"speech": f"{name}.flac"}]}
 
 
 def spelt(record: dict) -> dict:
     """The answer of `record` as one more sentence to be heard."""
-    turn = record["conversations"][1]
+    turn = record["conversations"][-1]
     spoken = {"text": turn["value"], "speech": turn["speech"], "readings": [turn["speech"]], "voices": ["joe"]}
     return {"split": "spelling"} | spoken | {"conversations": [{"from": "human", "value": SPEECH_TOKEN}]}
 
 
-def asked(record: dict) -> dict:
-    """A conversation in which the question of `record` is what the assistant says: more words for it to say."""
-    turns = record["conversations"]
-    return {
-        "id": f"{record['id']}-asked",
-        "split": record["split"],
-        "conversations": [turns[0] | {"value": "Ask me something."}, turns[1] | {"value": turns[0]["value"]}],
-    }
+def repeated(record: dict) -> dict:
+    """A conversation in which the assistant says what was asked in `record`, so that it has more words to say.
+
+    Asked once more it repeats nearly anything word for word, and its hidden states know each word before it is said.
+    """
+    text = record["conversations"][0]["value"]
+    request, reply = {"from": "human", "value": f'Please repeat: "{text}"'}, {"from": "gpt", "value": text}
+    return {"id": f"{record['id']}-repeated", "split": "train", "conversations": [request, reply, request, reply]}
 
 
 def main() -> None:
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("texts", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--readings", type=int, default=2, help="of a question with one right answer (default: 2)")
-    parser.add_argument("--answers", type=int, default=10_000, help="at most so many are spoken (default: 10000)")
+    parser.add_argument("--answers", type=int, default=20_000, help="at most so many are spoken (default: 20000)")
     parser.add_argument("--held-out", type=int, default=200, help="held-out questions to be spoken (default: 200)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one per core")
     arguments = parser.parse_args()
@@ -110,8 +110,9 @@ def main() -> None:
     held_out = [record for record in records if record["split"] == "held_out"][: arguments.held_out]
     spelling = [record for record in records if record["split"] == "spelling"]
     records = held_out + [record for record in records if record["split"] == "train"]
-    answers = records + [asked(record) for record in records if "word" not in record]
-    answers = list({record["conversations"][1]["value"]: record for record in answers}.values())
+    to_repeat = [record for record in records + spelling if record["split"] != "held_out"]
+    answers = records + [repeated(record) for record in to_repeat]
+    answers = list({record["conversations"][-1]["value"]: record for record in answers}.values())
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
 
         def have_read(name: str, its_records: list[dict], read) -> list[dict]:

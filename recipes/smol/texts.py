@@ -86,8 +86,10 @@ def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question
     return found
 
 
-def prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
+def prompt(tokenizer: PreTrainedTokenizerBase, *turns: str) -> str:
+    """A question, and before it those that were asked and answered."""
+    messages = [{"role": "system", "content": SYSTEM_PROMPT}]
+    messages += [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
