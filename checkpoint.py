@@ -283,7 +283,7 @@ def write_checkpoint(
     folder: Path,
     tensors: dict[str, LazyTensor],
     dtypes: dict[str, torch.dtype],
-    max_shard_size: int | str,
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """
     Writes `tensors`, each cast to its dtype, as safetensors into `folder`, holding one of them at a time.

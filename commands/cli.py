@@ -2,12 +2,14 @@
 """
 The command line. What a command needs is imported when it runs, as PyTorch and Transformers take seconds.
 
-Each command has a function here that describes its arguments, and one that runs it.
+Each command has a function here that describes its arguments, and names what runs it as an entry point does.
 """
 
 import argparse
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 
 from .. import __version__
@@ -74,8 +76,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_command(commands, name: str, command, description: str, example: str, **kwargs) -> argparse.ArgumentParser:
-    """A command, whose help begins with what it does and ends with an example."""
+def _run(entry_point: str, **arguments) -> None:
+    module, function = entry_point.split(":")
+    getattr(import_module(f"..{module}", __package__), function)(**arguments)
+
+
+def _add_command(
+    commands, name: str, command: str | Callable, description: str, example: str, **kwargs
+) -> argparse.ArgumentParser:
+    """A command, `"module:function"` of the package, whose help begins with what it does and ends with an example."""
     parser = commands.add_parser(
         name,
         help=description[0].lower() + description[1:],
@@ -84,7 +93,7 @@ def _add_command(commands, name: str, command, description: str, example: str, *
         formatter_class=argparse.RawDescriptionHelpFormatter,
         **kwargs,
     )
-    parser.set_defaults(command=command)
+    parser.set_defaults(command=partial(_run, command) if isinstance(command, str) else command)
     return parser
 
 
@@ -146,15 +155,13 @@ def _add_convert(commands) -> None:
     convert.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (default: 5GB)")
 
 
-def _make_smol(**arguments) -> None:
-    from ..conversion.smol import make_smol
-
-    make_smol(**arguments)
-
-
 def _add_make_smol(commands) -> None:
     smol = _add_command(
-        commands, "make-smol", _make_smol, "Make the small trained model, which hears and speaks English", "smol"
+        commands,
+        "make-smol",
+        "conversion.smol:make_smol",
+        "Make the small trained model, which hears and speaks English",
+        "smol",
     )
     smol.add_argument("output", metavar="DIR", help="new folder for the model")
     smol.add_argument(
@@ -172,28 +179,18 @@ def _add_make_smol(commands) -> None:
     smol.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
 
 
-def _make_tiny(**arguments) -> None:
-    from ..conversion.tiny import make_tiny
-
-    make_tiny(**arguments)
-
-
 def _add_make_tiny(commands) -> None:
-    tiny = _add_command(commands, "make-tiny", _make_tiny, "Make a small random model, to try things on", "demo")
+    tiny = _add_command(
+        commands, "make-tiny", "conversion.tiny:make_tiny", "Make a small random model, to try things on", "demo"
+    )
     tiny.add_argument("output", metavar="DIR", help="new folder for the model")
-
-
-def _calibrate(**arguments) -> None:
-    from ..training.calibration import calibrate_folder
-
-    calibrate_folder(**arguments)
 
 
 def _add_calibrate(commands) -> None:
     calibrate = _add_command(
         commands,
         "calibrate",
-        _calibrate,
+        "training.calibration:calibrate_folder",
         "Centre the memory's queries and keys, before fine-tuning",
         "--model converted --data units.jsonl --output calibrated",
     )
@@ -203,20 +200,14 @@ def _add_calibrate(commands) -> None:
     calibrate.add_argument("--device", default="auto", help="cpu, cuda, … (default: an accelerator if there is one)")
 
 
-def _finetune(arguments: list[str]) -> None:
-    _run_stage("stages", arguments)
-
-
 def _add_finetune(commands) -> None:
-    _add_stage(commands, "finetune", _finetune, "Teach a graft to use its memory, one stage of fine-tuning")
-
-
-def _distill(arguments: list[str]) -> None:
-    _run_stage("distill_stage", arguments)
+    _add_stage(commands, "finetune", "stages", "Teach a graft to use its memory, one stage of fine-tuning")
 
 
 def _add_distill(commands) -> None:
-    _add_stage(commands, "distill", _distill, "Give a graft its parent's quality back, one stage of distillation")
+    _add_stage(
+        commands, "distill", "distill_stage", "Give a graft its parent's quality back, one stage of distillation"
+    )
 
 
 def _run_stage(module: str, arguments: list[str]) -> None:
@@ -229,23 +220,18 @@ def _run_stage(module: str, arguments: list[str]) -> None:
     stage.main(arguments)
 
 
-def _add_stage(commands, name: str, command, description: str) -> None:
+def _add_stage(commands, name: str, module: str, description: str) -> None:
     """A command whose arguments, `--help` too, are for the parser of its stage, as no option begins with NUL."""
+    command = partial(_run_stage, module)
     stage = _add_command(commands, name, command, description, "", prefix_chars="\0", add_help=False)
     stage.add_argument("arguments", nargs=argparse.REMAINDER)
-
-
-def _make_recall_corpus(**arguments) -> None:
-    from ..evaluation.corpus import make_recall_corpus
-
-    make_recall_corpus(**arguments)
 
 
 def _add_make_recall_corpus(commands) -> None:
     corpus = _add_command(
         commands,
         "make-recall-corpus",
-        _make_recall_corpus,
+        "evaluation.corpus:make_recall_corpus",
         "Make conversations that demand recall, for `distill` and `finetune`",
         "recall.jsonl --talk talk.txt",
     )
@@ -319,17 +305,11 @@ def integers(text: str) -> list[int]:
     return [int(word) for word in words(text)]
 
 
-def _merge(**arguments) -> None:
-    from ..training.lora import merge_adapter
-
-    merge_adapter(**arguments)
-
-
 def _add_merge(commands) -> None:
     merge = _add_command(
         commands,
         "merge",
-        _merge,
+        "training.lora:merge_adapter",
         "Write a model with its adapter merged into it",
         "--adapter stage-65k --output mine",
     )
@@ -337,17 +317,11 @@ def _add_merge(commands) -> None:
     merge.add_argument("--output", required=True, metavar="DIR", help="new folder for the model")
 
 
-def _export(**arguments) -> None:
-    from ..conversion.export import export
-
-    export(**arguments)
-
-
 def _add_export(commands) -> None:
     export = _add_command(
         commands,
         "export",
-        _export,
+        "conversion.export:export",
         "Write the language model of a graft as a plain one, without its memory and speech",
         "--model ttt-omni-8b --output llama-8b",
     )
@@ -358,17 +332,11 @@ def _add_export(commands) -> None:
     )
 
 
-def _answer(**arguments) -> None:
-    from .chat import answer_question
-
-    answer_question(**arguments)
-
-
 def _add_answer(commands) -> None:
     answer = _add_command(
         commands,
         "answer",
-        _answer,
+        "commands.chat:answer_question",
         "Answer a spoken question in speech",
         "--model ttt-omni-8b question.wav --output answer.wav",
     )
@@ -383,17 +351,11 @@ def _add_answer(commands) -> None:
     _add_conversation_arguments(answer, "saved while listening, and goes on where it was interrupted")
 
 
-def _chat(**arguments) -> None:
-    from .chat import chat
-
-    chat(**arguments)
-
-
 def _add_chat(commands) -> None:
     chat = _add_command(
         commands,
         "chat",
-        _chat,
+        "commands.chat:chat",
         "Have a spoken conversation of several turns",
         "--model ttt-omni-8b --play --memory conversation.safetensors",
     )

@@ -16,9 +16,7 @@ from ..processing_ttt_omni import PARTS_TO_TEXT, TTTOmniProcessor
 from .backbone import SOURCES
 
 
-def export(
-    model: str | os.PathLike, output: str | os.PathLike, backbone: bool = False, max_shard_size: int | str = "5GB"
-) -> None:
+def export(model: str | os.PathLike, output: str | os.PathLike, backbone: bool = False) -> None:
     """
     Writes the language model of the graft in the folder `model` as a plain one of its backbone's type: without TTT,
     without windows that have sinks, and without the parts that listen and speak.
@@ -26,7 +24,6 @@ def export(
     Args:
         output: folder to make.
         backbone: whether TTT is left out although its gates are open, so that the plain model says something else.
-        max_shard_size: of a file of weights, in bytes or as `"5GB"`.
 
     Raises:
         [`ConversionError`]: if the graft is more than its backbone: an open gate, or a layer without attention.
@@ -65,7 +62,7 @@ def export(
         plain_config.save_pretrained(folder)
         GenerationConfig.from_pretrained(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        write_checkpoint(folder, plain, dict.fromkeys(plain, dtype), max_shard_size)
+        write_checkpoint(folder, plain, dict.fromkeys(plain, dtype))
 
 
 def _fields(text: TTTOmniTextConfig, names: Iterable[str]) -> dict:

@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors, and several workers on few cores
 
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -14,11 +15,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels
 
 import pytest
-from layouts import LAYERS
+from layouts import with_layers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-
-from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM
 
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -104,28 +103,5 @@ def golden_model(golden_model_dir):
 
 @pytest.fixture(scope="session")
 def models(golden_model):
-    """
-    The golden model with other layers, whose TTT is random and open: it takes part in every output.
-
-    In float64, as its large random weights amplify float32's rounding to 1e-2; `test_ops.py` has the state in float32.
-    """
-
-    def make(layers):
-        if layers not in made:
-            config = golden_model.config.to_dict()
-            config["text_config"].update(ttt_mini_batch_size=6, **LAYERS[layers])
-            torch.manual_seed(0)
-            model = TTTOmniForCausalLM(TTTOmniConfig(**config)).eval()
-            for name, parameter in model.named_parameters():
-                if "ttt_gate" in name:
-                    parameter.data.uniform_(0.3, 1)
-                elif ".ttt." in name and "proj.weight" in name:
-                    parameter.data.normal_(0, 0.25)
-            weights = {k: v for k, v in golden_model.state_dict().items() if ".ttt" not in k}
-            model.load_state_dict(weights, strict=False)
-            model.generation_config = golden_model.generation_config
-            made[layers] = model.double()
-        return made[layers]
-
-    made = {}
-    return make
+    """The golden model with other layers; see `with_layers`."""
+    return cache(partial(with_layers, golden_model))

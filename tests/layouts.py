@@ -58,6 +58,31 @@ def pad(rows, side):
     return input_ids, attention_mask
 
 
+def with_layers(parent, layers, **speech):
+    """
+    A model of speech with other layers, whose TTT is random and open: it takes part in every output.
+
+    In float64, as its large random weights amplify float32's rounding to 1e-2; `test_ops.py` has the state in float32.
+
+    Args:
+        speech: fields of the speech decoder's config.
+    """
+    config = parent.config.to_dict()
+    config["text_config"].update(ttt_mini_batch_size=6, **LAYERS[layers])
+    config["speech_decoder_config"].update(speech)
+    torch.manual_seed(0)
+    model = TTTOmniForCausalLM(TTTOmniConfig(**config)).eval()
+    for name, parameter in model.named_parameters():
+        if "ttt_gate" in name:
+            parameter.data.uniform_(0.3, 1)
+        elif ".ttt." in name and "proj.weight" in name:
+            parameter.data.normal_(0, 0.25)
+    weights = {name: x for name, x in parent.state_dict().items() if ".ttt" not in name}
+    model.load_state_dict(weights, strict=False)
+    model.generation_config = parent.generation_config
+    return model.double()
+
+
 def text_model(layer_types, seed=0, vocab_size=50, **kwargs):
     """A random language model of so many small layers."""
     torch.manual_seed(seed)

@@ -13,7 +13,7 @@ import soundfile
 import soxr
 import torch
 import uvicorn
-from layouts import LAYERS
+from layouts import with_layers
 
 from ttt_omni import TTTOmniForCausalLM, TTTOmniProcessor
 from ttt_omni.serving.server import Limits, Server, make_app
@@ -23,23 +23,9 @@ NAME = "tiny"
 
 
 def open_model(folder, layers="windowed"):
-    """The model in `folder` with other layers, whose TTT is random and open, in float64; and its processor."""
-    parent = TTTOmniForCausalLM.from_pretrained(folder)
-    config = parent.config.to_dict()
-    config["text_config"].update(ttt_mini_batch_size=6, **LAYERS[layers])
-    if layers == "windowed":
-        config["speech_decoder_config"].update(layer_types=["sliding_attention"] * 2, sliding_window=40)
-    torch.manual_seed(0)
-    model = TTTOmniForCausalLM(type(parent.config)(**config)).eval()
-    for name, parameter in model.named_parameters():
-        if "ttt_gate" in name:
-            parameter.data.uniform_(0.3, 1)
-        elif ".ttt." in name and "proj.weight" in name:
-            parameter.data.normal_(0, 0.25)
-    weights = {name: x for name, x in parent.state_dict().items() if ".ttt" not in name}
-    model.load_state_dict(weights, strict=False)
-    model.generation_config = parent.generation_config
-    return model.double(), TTTOmniProcessor.from_pretrained(folder)
+    """The model in `folder` with other layers (`with_layers`), speech windowed where they are; and its processor."""
+    parent, speech = TTTOmniForCausalLM.from_pretrained(folder), {"sliding_window": 40} if layers == "windowed" else {}
+    return with_layers(parent, layers, **speech), TTTOmniProcessor.from_pretrained(folder)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 """`ttt-omni serve`, by OpenAI's own client."""
 
 import base64
+import io
 import json
 import time
 
@@ -63,9 +64,7 @@ def test_chat(client, parts):
     answer = ask(client, [spoken(waveform)])
     (choice,) = answer.choices
     assert choice.message.audio.transcript == text and choice.message.content is None
-    samples, rate = soundfile.read(
-        __import__("io").BytesIO(base64.b64decode(choice.message.audio.data)), dtype="int16"
-    )
+    samples, rate = soundfile.read(io.BytesIO(base64.b64decode(choice.message.audio.data)), dtype="int16")
     assert rate == 16000
     np.testing.assert_array_equal(samples, pcm16(expected))
     assert choice.finish_reason in ("stop", "length") and answer.usage.completion_tokens <= TOKENS
@@ -149,6 +148,11 @@ class Talk:
         """A turn of which no voice activity is to find the end."""
         self.append(waveform)
         self.connection.input_audio_buffer.commit()
+
+    def begin_answer(self):
+        """A long one, of which the first text has come."""
+        self.connection.response.create(response={"max_output_tokens": 64})
+        self.next("response.output_audio_transcript.delta")
 
     def answer(self, **response):
         self.connection.response.create(response={"max_output_tokens": TOKENS, **response})
@@ -312,8 +316,7 @@ def test_cancelled_and_resumed(client, parts):
     with connect(client) as connection:
         talk = begin(connection, FIRST)
         id = talk.created.session.id
-        connection.response.create(response={"max_output_tokens": 64})
-        talk.next("response.output_audio_transcript.delta")
+        talk.begin_answer()
         connection.response.cancel()
         done = talk.next("response.done").response
         assert (done.status, done.status_details.reason) == ("cancelled", "client_cancelled")
@@ -366,8 +369,7 @@ def test_gone_in_mid_answer(client, served):
     with connect(client) as connection:
         talk = begin(connection, FIRST)
         id = talk.created.session.id
-        connection.response.create(response={"max_output_tokens": 64})
-        talk.next("response.output_audio_transcript.delta")
+        talk.begin_answer()
     with again(client, id):
         state = httpx.get(f"http://{served[0]}/v1/sessions/{id}").json()
         assert state["tokens"] == 0
