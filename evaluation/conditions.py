@@ -26,7 +26,6 @@ from ..configuration_ttt_omni import SLIDING_LAYER_TYPES
 from ..layers_ttt_omni import TTTOmniTTT
 from ..loading import find_device
 from ..modeling_ttt_omni import TTTOmniForCausalLM
-from ..ops_ttt_omni import TTTState
 from ..training.distillation import make_parent
 
 
@@ -213,9 +212,8 @@ def copies(cache: Cache, rows: int = 1) -> Cache:
 
 def num_bytes(cache: Cache) -> int:
     """Of all that it holds."""
-    tensors = [x for layer in cache.layers for x in vars(layer).values()]
-    tensors += [x for state in tensors if isinstance(state, TTTState) for x in vars(state).values()]
-    return sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor))
+    held = [layer.tensors() if isinstance(layer, OwnedTensorsMixin) else vars(layer) for layer in cache.layers]
+    return sum(x.nbytes for tensors in held for x in tensors.values() if isinstance(x, torch.Tensor))
 
 
 def empty_cache(model: PreTrainedModel) -> Cache:
