@@ -256,7 +256,7 @@ def _add_evaluate(commands) -> None:
         commands,
         "evaluate",
         _evaluate,
-        "Measure what a model remembers, and for how long",
+        "Measure what a model remembers, and how it speaks, for how long",
         "recall --model ttt-omni-8b --talk talk.txt --output recall",
     )
     measures = evaluate.add_subparsers(required=True, metavar="MEASURE", dest="measure")
@@ -287,12 +287,29 @@ def _add_evaluate(commands) -> None:
     )
     perplexity.add_argument("--text", required=True, metavar="FILE", help="to read")
     perplexity.add_argument("--length", type=int, metavar="N", help="tokens (default: 65536)")
+    speech = measures.add_parser(
+        "speech",
+        help="of an answer that goes on for hours",
+        description="Say a long text as one answer, and tell whether it is understood, and the voice the same.",
+        **defaults,
+    )
+    speech.add_argument("--text", required=True, metavar="FILE", help="to say")
+    speech.add_argument(
+        "--recognizer",
+        required=True,
+        metavar="DIR_OR_REPO",
+        help="speech recognition of Transformers, or a Whisper for CTranslate2 (needs faster-whisper)",
+    )
+    speech.add_argument("--lengths", type=integers, metavar="N,N", help="tokens (default: 4096 to 65536)")
+    speech.add_argument("--seconds", type=float, metavar="N", help="judged at each (default: 60)")
+    speech.add_argument("--language", help="of the text (default: en)")
     for measure in (recall, perplexity):
+        measure.add_argument("--conditions", type=words, metavar="A,B", help="model, window, … (default: all it has)")
+    for measure in (recall, perplexity, speech):
         measure.add_argument(
             "--model", required=True, metavar="DIR_OR_REPO", help="any causal language model, or an adapter of one"
         )
         measure.add_argument("--output", required=True, metavar="DIR", help="new folder for JSON and PNG")
-        measure.add_argument("--conditions", type=words, metavar="A,B", help="model, window, … (default: all it has)")
         measure.add_argument("--device", default="auto", help="cpu, cuda, … (default: an accelerator if there is one)")
         measure.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: that of the files")
 

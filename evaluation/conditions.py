@@ -26,7 +26,6 @@ from ..configuration_ttt_omni import SLIDING_LAYER_TYPES
 from ..layers_ttt_omni import TTTOmniTTT
 from ..loading import find_device
 from ..modeling_ttt_omni import TTTOmniForCausalLM
-from ..ops_ttt_omni import TTTState
 from ..training.distillation import make_parent
 
 
@@ -171,15 +170,15 @@ def answer(
     Questions of a model of ours go in one pass, with padding between the cache and those that are shorter, which
     changes nothing; those of others where they are of the same length, as what padding does to them is not known.
     """
-    answers, at_once = {}, max(1, BYTES_AT_ONCE // max(1, _size(cache)))
+    answers, at_once = {}, max(1, BYTES_AT_ONCE // max(1, num_bytes(cache)))
     numbers = sorted(range(len(questions)), key=lambda number: len(questions[number]))
     is_ours = isinstance(model, TTTOmniForCausalLM)
     groups = [numbers] if is_ours else [list(group) for _, group in groupby(numbers, lambda n: len(questions[n]))]
     for group in groups:
         for start in range(0, len(group), at_once):
             rows = group[start : start + at_once]
-            asked, copies = [questions[row] for row in rows], _repeat(cache, len(rows))
-            answers |= zip(rows, _answer_rows(model, asked, copies, new_tokens, eos_token_id))
+            asked, copied = [questions[row] for row in rows], copies(cache, len(rows))
+            answers |= zip(rows, _answer_rows(model, asked, copied, new_tokens, eos_token_id))
     return [answers[number] for number in range(len(questions))]
 
 
@@ -202,8 +201,8 @@ def _answer_rows(model, questions, cache, new_tokens, eos_token_id):
     return torch.stack(said, dim=1).tolist()
 
 
-def _repeat(cache: Cache, rows: int) -> Cache:
-    """A copy of `cache`, of one row, so many times."""
+def copies(cache: Cache, rows: int = 1) -> Cache:
+    """A copy of `cache`, which has one row, with so many."""
     is_ours = all(isinstance(layer, OwnedTensorsMixin) for layer in cache.layers)
     cache = snapshot(cache) if is_ours else copy.deepcopy(cache)
     if rows > 1:
@@ -211,11 +210,10 @@ def _repeat(cache: Cache, rows: int) -> Cache:
     return cache
 
 
-def _size(cache: Cache) -> int:
-    """Bytes of what a row holds."""
-    tensors = [x for layer in cache.layers for x in vars(layer).values()]
-    tensors += [x for state in tensors if isinstance(state, TTTState) for x in vars(state).values()]
-    return sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor))
+def num_bytes(cache: Cache) -> int:
+    """Of all that it holds."""
+    held = [layer.tensors() if isinstance(layer, OwnedTensorsMixin) else vars(layer) for layer in cache.layers]
+    return sum(x.nbytes for tensors in held for x in tensors.values() if isinstance(x, torch.Tensor))
 
 
 def empty_cache(model: PreTrainedModel) -> Cache:

