@@ -222,7 +222,7 @@ class TTTOmniSlidingAttention(TTTOmniAttention):
         if implementation == "eager" and visible is not None:
             hidden = torch.zeros_like(visible, dtype=query.dtype)
             visible = hidden.masked_fill(~visible, torch.finfo(query.dtype).min)
-        elif query.device.type == "cpu":  # whose quick attention takes one width
+        elif query.device.type == "cpu" and width < keys.shape[-1]:  # whose quick attention takes one width
             values = nn.functional.pad(values, (0, keys.shape[-1] - width))
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attention(
