@@ -2,12 +2,11 @@
 """
 Streaming speech: how soon it starts, and what a token costs early and late.
 
-    python benchmarks/streaming.py latency [--size tiny|mid|real | --model DIR] [--device cuda] [--dtype bfloat16]
+    python benchmarks/streaming.py latency [--size tiny|mid|real] [--device cuda] [--dtype bfloat16]
     python benchmarks/streaming.py positions [--size mid]     time and memory per token, by position in the answer
     python benchmarks/streaming.py whole [--size mid]         an answer of 1,000 tokens, and the original's way to it
 
-Weights are random; those of a model in a folder are not, and it answers `examples/question.wav`. Each prints what it
-measures and puts it under its name into benchmarks/results/streaming.json.
+Weights are random. Each prints what it measures and puts it under its name into benchmarks/results/streaming.json.
 """
 
 import argparse
@@ -15,13 +14,12 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from pathlib import Path
 
 import torch
 from reporting import RESULTS, environment, store
 from tqdm import tqdm
 
-from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM, TTTOmniProcessor
+from ttt_omni import TTTOmniConfig, TTTOmniForCausalLM
 from ttt_omni.streaming_ttt_omni import SpeechStream, UnitStream
 
 
@@ -120,47 +118,28 @@ def stage_times(model: TTTOmniForCausalLM) -> dict[str, float]:
     watch(model.model.multi_modal_projector, "encoder")
     watch(model.model.language_model, "language model")
     watch(model.speech_decoder, "speech decoder")
-    for part in (model.vocoder.dur_predictor, *model.vocoder.frame_layers, model.vocoder.hifi_gan):
-        watch(part, "vocoder")
+    watch(model.vocoder.dur_predictor, "vocoder")
+    watch(model.vocoder.hifi_gan, "vocoder")
     return times
 
 
-def question(size: str, device: str, dtype: str) -> tuple[TTTOmniForCausalLM, dict]:
-    """A random model, and a prompt with 30 s of speech, its spectrogram made."""
+def latency(size: str, device: str, dtype: str) -> dict:
+    """From the end of a question of up to 30 s, its spectrogram made, to the first sound, and from there on."""
     model = random_model(size, device, dtype, WINDOW)
     input_ids = torch.randint(model.config.audio_token_id, (1, QUESTION_TOKENS + 300))
     input_ids[:, 20:320] = model.config.audio_token_id
+    inputs = {
+        "input_ids": input_ids.to(device),
+        "input_features": torch.randn(1, 128, 3000).to(device),
+        "do_sample": False,
+    }
 
     class NoTokenizer:
         def decode(self, *_, **__):
             return "x"
 
-    inputs = {"input_ids": input_ids.to(device), "input_features": torch.randn(1, 128, 3000).to(device)}
-    return model, inputs | {"tokenizer": NoTokenizer()}
-
-
-def real_question(folder: Path, device: str, dtype: str) -> tuple[TTTOmniForCausalLM, dict]:
-    """The model in a folder, and its prompt of `examples/question.wav`."""
-    model = TTTOmniForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    model.generation_config.eos_token_id = None
-    processor = TTTOmniProcessor.from_pretrained(folder)
-    audio = {"type": "audio", "audio": str(RESULTS.parent.parent / "examples" / "question.wav")}
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": [audio]}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    return model, {**inputs.to(device), "tokenizer": processor.tokenizer}
-
-
-def latency(model: TTTOmniForCausalLM, inputs: dict) -> dict:
-    """From the end of a question of up to 30 s, its spectrogram made, to the first sound, and from there on."""
-    device = model.device
-
     def answer(length):
-        return model.stream(**inputs, do_sample=False, max_new_tokens=length)
+        return model.stream(**inputs, tokenizer=NoTokenizer(), max_new_tokens=length)
 
     list(answer(20))  # the first run chooses kernels
     firsts, stages, tokens = [], [], []
@@ -175,14 +154,9 @@ def latency(model: TTTOmniForCausalLM, inputs: dict) -> dict:
         stages.append(dict(times))
         tokens.append(count)
         _remove_hooks(model)
-    rate = model.config.vocoder_config.sampling_rate
-    start, first, speech, silence = now(device), None, 0.0, 0.0
+    start, samples = now(device), 0
     for event in answer(100):
-        if event.waveform is not None:
-            came = now(device)
-            first = came if first is None else first
-            silence = max(silence, came - first - speech)
-            speech += len(event.waveform) / rate
+        samples += 0 if event.waveform is None else len(event.waveform)
     seconds = now(device) - start
     middle = firsts.index(statistics.median(firsts))
     return {
@@ -191,9 +165,8 @@ def latency(model: TTTOmniForCausalLM, inputs: dict) -> dict:
         "tokens until first audio": tokens[middle],
         "tokens": 100,
         "of all tokens, s": seconds,
-        "their speech, s": speech,
-        "real-time factor": seconds / speech,
-        "silence where each sound is played as it comes, ms": 1000 * silence,
+        "their speech, s": samples / model.config.vocoder_config.sampling_rate,
+        "real-time factor": seconds / (samples / model.config.vocoder_config.sampling_rate),
     }
 
 
@@ -279,17 +252,13 @@ def _cache_bytes(stream: UnitStream) -> int:
 
 
 def report(name: str, result: dict, arguments: argparse.Namespace) -> None:
-    size = arguments.size if arguments.model is None else arguments.model.name
-    measured_on = {"size": size, "dtype": arguments.dtype, **environment()}
+    measured_on = {"size": arguments.size, "dtype": arguments.dtype, **environment()}
     if arguments.device.startswith("cuda"):
         measured_on["device"] = torch.cuda.get_device_name()
     print(json.dumps(result, indent=1))
     path = RESULTS / "streaming.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    name = f"{name}, {size}, {arguments.device}"
-    if arguments.threads > 1:
-        name += f", {arguments.threads} threads"
-    results[name] = {"environment": measured_on, **result}
+    results[f"{name}, {arguments.size}, {arguments.device}"] = {"environment": measured_on, **result}
     store(path, results)
 
 
@@ -299,15 +268,6 @@ if __name__ == "__main__":
     parser.add_argument("--size", choices=SIZES, default="mid")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="for latency, instead of one of a size")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of a CPU; default: 1")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    where = arguments.device, arguments.dtype
-    if arguments.benchmark != "latency":
-        result = {"positions": positions, "whole": whole}[arguments.benchmark](arguments.size, *where)
-    elif arguments.model is None:
-        result = latency(*question(arguments.size, *where))
-    else:
-        result = latency(*real_question(arguments.model, *where))
-    report(arguments.benchmark, result, arguments)
+    function = {"latency": latency, "positions": positions, "whole": whole}[arguments.benchmark]
+    report(arguments.benchmark, function(arguments.size, arguments.device, arguments.dtype), arguments)
