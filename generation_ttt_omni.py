@@ -112,6 +112,8 @@ class TTTOmniGenerationMixin(GenerationMixin):
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        first_chunk_size: int = 10,
+        chunk_size: int = 40,
         **kwargs,
     ) -> Iterator[TTTOmniStreamEvent]:
         """
@@ -123,17 +125,20 @@ class TTTOmniGenerationMixin(GenerationMixin):
         Args:
             inputs, generation_config, kwargs: as in [`generate`], for one row and without beams.
             tokenizer: by default that in the folder or repository from which the model was loaded.
+            first_chunk_size: speech units to wait for until there is a first sound; fewer make it come sooner.
+            chunk_size: units to wait for afterwards; more cost less.
 
         Returns:
             A generator of [`TTTOmniStreamEvent`], one per token and one at the end, each with a piece of text, a
             piece of waveform, both or none.
 
         Raises:
-            ValueError: if there is no tokenizer; with the first event, if there are several rows.
+            ValueError: if a chunk has no units, or there is no tokenizer; with the first event, if there are several
+                rows.
         """
         if "return_audio" in kwargs:
             raise ValueError("`return_audio` is for `generate`: `stream` speaks where the model can.")
-        speech = SpeechStream(self) if self.config.speaks else None
+        speech = SpeechStream(self, first_chunk_size, chunk_size) if self.config.speaks else None
         text = TextStream(self._own_tokenizer() if tokenizer is None else tokenizer)
         return self._stream(text, speech, inputs, generation_config, kwargs)
 

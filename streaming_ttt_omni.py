@@ -64,11 +64,24 @@ class SpeechStream:
 
     Args:
         model: a [`TTTOmniForCausalLM`] with a speech decoder and a vocoder.
+        first_chunk_size: units to wait for until there is a first sound; fewer make it come sooner.
+        chunk_size: units to wait for afterwards; more cost less, as chunks overlap in the vocoder's receptive field.
+
+    Raises:
+        ValueError: if a chunk has no units.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, first_chunk_size: int, chunk_size: int):
+        if min(first_chunk_size, chunk_size) < 1:
+            raise ValueError(
+                "`first_chunk_size` and `chunk_size` must be at least 1 unit, got "
+                f"{first_chunk_size} and {chunk_size}."
+            )
         self.unit_stream = UnitStream(model.speech_decoder)
         self.vocoder_stream = model.vocoder.stream()
+        self.waiting = torch.empty(0, dtype=torch.long)
+        self.size_to_wait_for = first_chunk_size
+        self.chunk_size = chunk_size
 
     def push(self, hidden_states: torch.Tensor) -> torch.FloatTensor:
         """The next samples, possibly none, after the next tokens' `hidden_states` `[T, hidden_size]`."""
@@ -76,11 +89,21 @@ class SpeechStream:
 
     def push_units(self, units: torch.LongTensor) -> torch.FloatTensor:
         """The next samples, possibly none, after the next `units` `[U]`."""
-        return self.vocoder_stream.push(units)
+        self.waiting = torch.cat([self.waiting.to(units.device), units])
+        if len(self.waiting) < self.size_to_wait_for:
+            return torch.empty(0, device=self.waiting.device)
+        waveform = self._synthesize()
+        if len(waveform) > 0:
+            self.size_to_wait_for = self.chunk_size
+        return waveform
 
     def flush(self) -> torch.FloatTensor:
         """The last samples, possibly none."""
-        return self.vocoder_stream.flush()
+        return torch.cat([self._synthesize(), self.vocoder_stream.flush()])
+
+    def _synthesize(self):
+        units, self.waiting = self.waiting, self.waiting[:0]
+        return self.vocoder_stream.push(units)
 
 
 class TextStream:

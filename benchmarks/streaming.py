@@ -187,7 +187,7 @@ def positions(size: str, device: str, dtype: str) -> dict:
     for name, window in (("windowed", WINDOW), ("full attention", None)):
         model = random_model(size, device, dtype, window)
         states = _states(model, marks[-1] + 10)
-        stream, position, rows[name] = SpeechStream(model), 0, {}
+        stream, position, rows[name] = SpeechStream(model, 10, 40), 0, {}
         for mark in tqdm(marks, desc=name):
             while position < mark - 10:  # fast forward
                 length = min(25, mark - 10 - position)

@@ -16,6 +16,7 @@ from ..processing_ttt_omni import TTTOmniProcessor
 from ..streaming_ttt_omni import SpeechStream, TextStream, TTTOmniStreamEvent
 
 
+FIRST_CHUNK_SIZE, CHUNK_SIZE = 10, 40  # units of a first sound, and of those after it
 TOKENS_HEARD_AT_ONCE = 300  # a window of 30 s
 
 
@@ -96,7 +97,7 @@ class _Row:
     def __init__(self, answer: Answer, model: TTTOmniForCausalLM, processor: TTTOmniProcessor):
         self.answer = answer
         self.text = TextStream(processor.tokenizer)
-        self.speech = SpeechStream(model) if answer.speaks else None
+        self.speech = SpeechStream(model, FIRST_CHUNK_SIZE, CHUNK_SIZE) if answer.speaks else None
         self.generator = None
         if answer.seed is not None:
             self.generator = torch.Generator(model.device).manual_seed(answer.seed)

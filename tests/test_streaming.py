@@ -140,11 +140,12 @@ def test_golden_answer(model, inputs, golden):
     torch.testing.assert_close(waveform, out.waveform[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_stream_is_generate(model, seed):
+@settings(deadline=None, max_examples=4)
+@given(first_chunk_size=st.integers(1, 60), chunk_size=st.integers(1, 60), seed=st.integers(0, 2))
+def test_stream_is_generate(model, first_chunk_size, chunk_size, seed):
     inputs = text_inputs(seed) | {"do_sample": False, "max_new_tokens": 10}
     out = model.generate(**inputs, return_audio=True)
-    _, waveform, tokens = joined(model.stream(**inputs))
+    _, waveform, tokens = joined(model.stream(**inputs, first_chunk_size=first_chunk_size, chunk_size=chunk_size))
     assert tokens == out.sequences[0, 12:].tolist()
     torch.testing.assert_close(waveform, out.waveform[0], rtol=0, atol=1e-5)
 
@@ -305,6 +306,8 @@ def test_refusals(model, inputs):
         list(model.stream(**text_inputs(0), max_new_tokens=2, num_beams=2))
     with pytest.raises(ValueError, match="`stream` speaks where the model can"):
         model.stream(**inputs, return_audio=True)
+    with pytest.raises(ValueError, match="at least 1 unit, got 0 and 40"):
+        model.stream(**inputs, first_chunk_size=0)
     stranger = copy.copy(model)
     stranger.config = copy.deepcopy(model.config)
     stranger.config._name_or_path, stranger._tokenizer = "", None
