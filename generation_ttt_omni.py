@@ -74,7 +74,7 @@ class TTTOmniGenerationMixin(GenerationMixin):
             return_audio: whether to return a [`TTTOmniGenerateOutput`] with units and waveform.
             generation_mode: `"audio"` is the same as `return_audio=True`, as Transformers' pipelines say it.
             kwargs: `input_features` and `input_features_mask` of the prompt's speech, and what Transformers takes.
-                Where no layer has full attention, `cache_implementation="static"` and a `compile_config` compile the step.
+                If no layer has full attention, a `compile_config` with `cache_implementation="static"` compiles steps.
 
         Returns:
             What Transformers returns, or a [`TTTOmniGenerateOutput`].
