@@ -353,9 +353,9 @@ class SlidingWindowLayer(OwnedTensorsMixin, DynamicLayer):
         """
         if torch.is_grad_enabled() or self.record_past or not self.is_initialized:
             return None
-        if self.ring is None and not self._roll():
-            return None
         is_compiling = torch.compiler.is_compiling()
+        if self.ring is None and (is_compiling or not self.roll()):
+            return None
         if not is_compiling and self.ring.keys.is_inference() and not torch.is_inference_mode_enabled():
             return None
         sinks, window = self.attention_sinks, self.sliding_window
@@ -391,18 +391,23 @@ class SlidingWindowLayer(OwnedTensorsMixin, DynamicLayer):
             Keys and values of what these tokens see, `[B, H, seen, D]` twice.
         """
         if self.ring is None:
-            self._roll()
+            self.roll()
         if self.ring.is_shared:
             self.ring = replace(self.ring.map(torch.clone), is_shared=False)
         self.ring.write(keys, values, step)
         self.cumulative_length += 1
         return self.ring.keys[:, :, : step.seen], self.ring.values[:, :, : step.seen]
 
-    def _roll(self) -> bool:
+    @property
+    def row_lengths(self) -> torch.LongTensor:
+        """The number of tokens of each row, `[B]`."""
+        return self.places.amax(1) + 1 if self.ring is None else self.ring.lengths
+
+    def roll(self) -> bool:
         """Makes a ring of the columns, unless a row lacks sinks, or tokens in between as no model leaves it."""
-        if self.places.shape[1] == 0:
-            return False
-        lengths = self.places.amax(1) + 1  # [B]
+        if self.ring is not None or self.places is None or self.places.shape[1] == 0:
+            return self.ring is not None
+        lengths = self.row_lengths
         fewest, sinks, size = int(lengths.min()), self.attention_sinks, self.attention_sinks + self.sliding_window
         held = (self.places >= 0).sum(1)
         if fewest < max(sinks, 1) or int(self.places.max()) >> SEQUENCE_SHIFT:
@@ -569,6 +574,11 @@ def add_ttt_layers(cache: Cache, config: PreTrainedConfig) -> None:
         )
     for index, layer_type in enumerate(config.layer_types):
         cache.layers[index] = _layer_for(layer_type, cache.layers[index], index, config)
+
+
+def has_fixed_size(cache: Cache) -> bool:
+    """Whether all layers are windows or the state of TTT."""
+    return all(isinstance(layer, (SlidingWindowLayer, TTTLayer)) for layer in cache.layers)
 
 
 def snapshot(cache: Cache) -> Cache:

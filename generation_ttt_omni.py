@@ -5,11 +5,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoTokenizer, Cache, GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedTokenizerBase,
+    StaticCache,
+)
+from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 from transformers.utils.deprecation import deprecate_kwarg
 
-from .cache_ttt_omni import OwnedTensorsMixin, add_ttt_layers
+from .cache_ttt_omni import OwnedTensorsMixin, SlidingWindowLayer, add_ttt_layers, has_fixed_size
 from .configuration_ttt_omni import audio_embedding_lengths
 from .streaming_ttt_omni import SpeechStream, TextStream, TTTOmniStreamEvent
 
@@ -66,6 +74,7 @@ class TTTOmniGenerationMixin(GenerationMixin):
             return_audio: whether to return a [`TTTOmniGenerateOutput`] with units and waveform.
             generation_mode: `"audio"` is the same as `return_audio=True`, as Transformers' pipelines say it.
             kwargs: `input_features` and `input_features_mask` of the prompt's speech, and what Transformers takes.
+                If no layer has full attention, a `compile_config` with `cache_implementation="static"` compiles steps.
 
         Returns:
             What Transformers returns, or a [`TTTOmniGenerateOutput`].
@@ -233,9 +242,20 @@ class TTTOmniGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         if model_kwargs.get("cache") is not None:  # before Transformers asks it for the number of its tokens
             add_ttt_layers(model_kwargs["cache"], self.config.get_text_config())
-            for layer in model_kwargs["cache"].layers:
+            cache = model_kwargs["cache"]
+            for layer in cache.layers:
                 if isinstance(layer, OwnedTensorsMixin):
                     layer.forget_past()  # which an earlier prompt-lookup recorded
+            if has_fixed_size(cache):
+                is_asked_for = isinstance(cache, StaticCache) and generation_config.compile_config is not None
+                for layer in cache.layers:  # pieces of a prompt, which Transformers would compile too, are no steps
+                    layer.is_compileable = is_asked_for and generation_config.prefill_chunk_size is None
+
+    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None, **kwargs):
+        """What Transformers prepares for a step that is compiled: only full attention takes it."""
+        if set(config.get_text_config().layer_types) - {"full_attention"}:
+            return attention_mask
+        return create_masks_for_generate(config, inputs_embeds, attention_mask, cache, position_ids, **kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -247,6 +267,14 @@ class TTTOmniGenerationMixin(GenerationMixin):
         **kwargs,
     ) -> dict:
         model_inputs = super().prepare_inputs_for_generation(input_ids, cache=cache, **kwargs)
+        is_step = not kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") == 1
+        if is_step and cache is not None and cache.is_compileable and has_fixed_size(cache):
+            # All rows go on by a token; what grows with each would be compiled anew.
+            model_inputs.pop("attention_mask", None)
+            model_inputs.pop("position_ids", None)
+            for layer in cache.layers:
+                if isinstance(layer, SlidingWindowLayer):
+                    layer.roll()
         if prompt_embeds is None or model_inputs.get("input_ids") is None:
             return model_inputs
         input_ids = model_inputs["input_ids"]
@@ -289,6 +317,9 @@ def decode_steps(
             "`num_return_sequences`."
         )
     prompt_length, ends = input_ids.shape[1], _as_set(generation_config.eos_token_id)
+    step = model
+    if model._valid_auto_compile_criteria(model_kwargs, generation_config):
+        step = model.get_compiled_call(generation_config.compile_config)
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     while True:
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
@@ -308,7 +339,7 @@ def decode_steps(
         inputs = model.prepare_inputs_for_generation(
             input_ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
         )
-        outputs = model(**inputs, return_dict=True)
+        outputs = step(**inputs, return_dict=True)
 
 
 def _stream_event(text, waveform, token=None):

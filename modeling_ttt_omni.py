@@ -24,7 +24,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_ttt_omni import BatchedCache, add_ttt_layers
+from .cache_ttt_omni import BatchedCache, add_ttt_layers, has_fixed_size
 from .configuration_ttt_omni import (
     SLIDING_LAYER_TYPES,
     TTTOmniConfig,
@@ -176,6 +176,8 @@ class TTTOmniDecoderStack(TTTOmniPreTrainedModel):
                 )
             add_ttt_layers(cache, self.config)
             past_length = cache.get_seq_length()  # a tensor, if the cache is static, or its rows differ
+            if hidden_states.shape[1] == 1 and attention_mask is None and position_ids is None:
+                past_length = self._row_lengths(cache, past_length)
             if isinstance(cache, BatchedCache) and (attention_mask is not None or position_ids is not None):
                 raise ValueError("A `BatchedCache` knows the places of its rows: pass neither mask nor positions.")
         if isinstance(attention_mask, dict):
@@ -228,13 +230,24 @@ class TTTOmniDecoderStack(TTTOmniPreTrainedModel):
             _check_written(cache, past_length + length)
         return hidden_states
 
+    @property
+    def _first_window(self) -> int:
+        return next(layer.layer_idx for layer in self.layers if layer.is_sliding)
+
+    def _row_lengths(self, cache, length):
+        """What a step that is compiled knows of the past: tensors, as it would be compiled anew for each number."""
+        if cache.is_compileable and self.has_sliding_layers and has_fixed_size(cache) and length > 0:
+            return cache.layers[self._first_window].row_lengths[:, None]  # [B, 1]
+        return length
+
     def _plan_window_step(self, hidden_states, layout, cache):
         """Of a token that goes into the windows' rings, `None` where tokens are appended."""
         if cache is None or hidden_states.shape[1] != 1 or windowed_attention_implementation(self.config) == "eager":
             return None
-        first = next(layer.layer_idx for layer in self.layers if layer.is_sliding)
+        first = cache.layers[self._first_window]
+        first.prefetch()
         rotate = functools.partial(self.sliding_rotary_emb.of_distance, hidden_states)
-        return cache.layers[first].plan_step(layout.places, layout.mask is not None, rotate)
+        return first.plan_step(layout.places, layout.mask is not None, rotate)
 
 
 def check_forward_kwargs(module: nn.Module, kwargs: dict) -> None:

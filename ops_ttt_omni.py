@@ -371,7 +371,8 @@ def with_pending_rows(state: TTTState, mini_batch_size: int) -> TTTState:
 
 def _decode(mini_batch, q, k, v, lr, scale, norm, state, inplace):
     """One token per row: a mini-batch of one row instead of m."""
-    complete = state.position + 1 == scale.shape[0]
+    position = state.position + 1
+    complete = position == scale.shape[0]
     rows = (x.to(scale.dtype) for x in (q, k, v, lr.unsqueeze(-1)))
     reach = scale[state.position].view(-1, 1, 1, 1)  # rows not yet seen are 0, and need no other
     if inplace and not torch.compiler.is_compiling() and _is_ours(state.k):
@@ -381,7 +382,7 @@ def _decode(mini_batch, q, k, v, lr, scale, norm, state, inplace):
         here = state.position[:, None] == torch.arange(scale.shape[0], device=q.device)  # [B, m]
         place = partial(_place, here=here)
     o, state = mini_batch(*rows, place, reach, scale[-1], norm, state, complete, has_pending=True)
-    return o.to(q.dtype), replace(state, position=torch.where(complete, 0, state.position + 1))
+    return o.to(q.dtype), replace(state, position=position % scale.shape[0])
 
 
 def _is_ours(x):

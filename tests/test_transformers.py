@@ -52,6 +52,9 @@ TAKEN = {
     "transformers.initialization.ones_": "tensor",
     "transformers.initialization.zeros_": "tensor",
     "transformers.masking_utils.create_causal_mask": "config, inputs_embeds, attention_mask, cache, position_ids",
+    "transformers.masking_utils.create_masks_for_generate": (
+        "config, inputs_embeds, attention_mask, cache, position_ids"
+    ),
     "transformers.modeling_layers.GradientCheckpointingLayer": "",
     "transformers.modeling_outputs.BaseModelOutputWithPast": "last_hidden_state, cache",
     "transformers.modeling_outputs.BaseModelOutputWithPooling": "last_hidden_state, pooler_output",
@@ -106,6 +109,8 @@ TAKEN = {
     "transformers.utils.logging": None,
     "transformers.utils.output_capturing.capture_outputs": "func",
     "transformers.PreTrainedModel._init_weights": "module",
+    "transformers.PreTrainedModel.get_compiled_call": "compile_config",
+    "transformers.GenerationMixin._valid_auto_compile_criteria": "model_kwargs, generation_config",
     "transformers.GenerationMixin._prefill": "input_ids, generation_config, model_kwargs",
     "transformers.GenerationMixin._prepare_cache_for_generation": "generation_config, model_kwargs",
     "transformers.GenerationMixin._update_model_kwargs_for_generation": "outputs, model_kwargs",
