@@ -2,10 +2,11 @@
 """Many conversations at once, each as if it were alone; and answers that are interrupted."""
 
 import queue
+from contextlib import closing
 
 import pytest
 import torch
-from layouts import sound
+from layouts import LAYERS, sound
 
 from serving import open_model
 from ttt_omni import TTTOmniProcessor
@@ -103,8 +104,15 @@ def test_each_is_as_if_alone(model, processor, engine):
         assert again[i][0].finish_reason in ("length", "stop")
 
 
-def test_eight_take_no_more_passes_than_one(model, processor, engine):
+@pytest.mark.parametrize("layers", LAYERS)
+def test_eight_take_no_more_passes_than_one(tiny_model_dir, layers):
     """Questions that arrive together are answered together, from the first token, and each as if it were alone."""
+    model, processor = open_model(tiny_model_dir, layers)
+    with closing(Engine(model, processor)) as engine:
+        _eight_at_once(model, processor, engine)
+
+
+def _eight_at_once(model, processor, engine):
     heard = [submit(engine, processor, message(1 + seed % 3, seed), tokens=1 + seed) for seed in range(8)]
     for answer in heard:
         collect(*answer)
