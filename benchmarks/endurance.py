@@ -10,7 +10,7 @@ at most 10,000 tokens, on a copy of the cache, so that the figures may be compar
 state, the bytes of the cache, and the peak memory of the process; and, up to the first of these places, the same model
 without TTT, and without sinks too, as a ring buffer.
 
-`drift` records what each TTT layer gets from 8,192 tokens of the talk, and lets it go by again and again, in blocks of
+`drift` records what each TTT layer gets from 4,096 tokens of the talk, and lets it go by again and again, in blocks of
 512 whose order is another each time, with a state in float32 and one in float64: how far weights and outputs are
 apart, relative to their norm.
 
@@ -27,12 +27,12 @@ from reporting import RESULTS, environment, store
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ttt_omni.cache_ttt_omni import TTTLayer
 from ttt_omni.evaluation.conditions import conditions_of, copies, empty_cache, load, num_bytes, read, under
 from ttt_omni.evaluation.perplexity import read_losses, state_norm
+from ttt_omni.ops_ttt_omni import key_repeats
 
 
-PASSAGE, RECORDED, BLOCK = 10_000, 8_192, 512  # tokens
+PASSAGE, RECORDED, BLOCK = 10_000, 4_096, 512  # tokens
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, path: Path, length: int) -> torch.Tensor:
@@ -82,20 +82,28 @@ def drift(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, talk: Path
         hook.remove()
     rows = []
     for index, ttt in layers.items():
-        blocks = torch.cat(recorded[index], dim=1).split(BLOCK, dim=1)
-        single, double, generator = TTTLayer(), TTTLayer(), torch.Generator().manual_seed(0)
-        double.ttt_state = ttt.inner_model(1).map(lambda x: x.double() if x.is_floating_point() else x.clone())
+        ttt.float()
+        single = ttt.inner_model(1)
+        double = single.map(lambda x: x.double() if x.is_floating_point() else x)
+        blocks, generator = [], torch.Generator().manual_seed(0)
+        for block in torch.cat(recorded[index], dim=1).float().split(BLOCK, dim=1):
+            q, k, v = ttt._project(block, single, None, None)
+            lr = (ttt.base_lr / ttt.head_dim * ttt.write_strength(block)).transpose(1, 2)
+            if ttt.config.ttt_divide_repeats:
+                lr = lr / key_repeats(k, single, ttt.config.ttt_mini_batch_size)
+            blocks.append((q, k, v, lr))
         position, place = 0, RECORDED
         progress = tqdm(total=length, desc=f"layer {index}", unit=" tokens")
         while position < length:
             for block in torch.randperm(len(blocks), generator=generator).tolist():
-                outputs = [ttt(blocks[block], cache_layer=cache_layer) for cache_layer in (single, double)]
-                position += blocks[block].shape[1]
-                progress.update(blocks[block].shape[1])
+                parameters = ttt.token_scale(), *ttt.inner_norm()
+                output, single = ttt.op(*blocks[block], *parameters, single)
+                expected, double = ttt.op(*(x.double() for x in blocks[block]), *parameters, double)
+                position += BLOCK
+                progress.update(BLOCK)
                 if position >= min(place, length):
-                    row = {"layer": index, "tokens": position, "norm": double.ttt_state.W1.norm().item()}
-                    row["weights"] = relative(single.ttt_state.W1, double.ttt_state.W1)
-                    row["outputs"] = relative(*outputs)
+                    row = {"layer": index, "tokens": position, "norm": double.W1.norm().item()}
+                    row |= {"weights": relative(single.W1, double.W1), "outputs": relative(output, expected)}
                     rows.append(row)
                     place *= 2
                 if position >= length:
@@ -120,11 +128,10 @@ def main() -> None:
     if arguments.measure == "tokens" and arguments.text is None:
         parser.error("`tokens` needs --text.")
 
+    model, tokenizer = load(arguments.model)
     if arguments.measure == "tokens":
-        model, tokenizer = load(arguments.model)
         rows = tokens(model, tokenizer, arguments.talk, arguments.text, arguments.tokens or 1_000_000)
     else:
-        model, tokenizer = load(arguments.model, dtype="float32")
         rows = drift(model, tokenizer, arguments.talk, arguments.tokens or 200_000)
     columns = list(rows[0])
     print("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))

@@ -82,11 +82,11 @@ def speech(
         print(speech_table(rows))
         if rows[-1]["fell"]:
             what = " and ".join(rows[-1]["fell"])
-            print(f"Stopped at {rows[-1]['length']:,} tokens: {what} under 90 % of what it was at the start.")
+            print(f"Stopped at {rows[-1]['length']:,} tokens: {what} under 90 % of what sentences alone have.")
         about = _about(model) | {"text": str(text), "recognizer": str(recognizer), "language": language}
         write(folder, "speech", about | kwargs | {"rows": rows})
         panels = {"words wrong": "wer", "similarity of the voice": "similarity", "loudness": "loudness"}
-        panels = {label: (name, rows) for label, name in panels.items() if rows[0][name] is not None}
+        panels = {label: (name, rows[1:]) for label, name in panels.items() if rows[0][name] is not None}
         plot(panels, folder / "speech.png", "length", chance=None)
 
 

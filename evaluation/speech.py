@@ -24,11 +24,11 @@ from .corpus import read_talk
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536)
 PIECE_SECONDS = 60
-ENOUGH = 0.9  # of the first piece's quality
+ENOUGH = 0.9  # of the quality of sentences said alone
 QUESTION = "Tell me all that you know."
 HEARD_AT = 16_000  # samples per second, by recognisers and by Resemblyzer
 FRAME_SECONDS = 0.02
-SILENT = 0.01  # of the first piece's loudness: 40 dB less
+SILENT = 0.01  # of the baseline's loudness: 40 dB less
 REPEATED_WORDS = 4  # in a row
 
 
@@ -38,7 +38,7 @@ class Piece:
     What is judged together: whole sentences, each with its samples.
 
     Args:
-        length: tokens of the answer up to the end of it.
+        length: tokens of the answer up to the end of it; 0 of sentences that are answers of their own.
     """
 
     length: int
@@ -65,38 +65,59 @@ def say_on(
     The model is given the words and makes speech of them as in an answer of its own, in one go from the first to the
     last; but only what is heard goes through the vocoder, so that an answer of hours takes minutes.
     """
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": QUESTION}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    rate = model.config.vocoder_config.sampling_rate
-    cache, stream = DynamicCache(config=model.config), UnitStream(model.speech_decoder)
-    ahead = _states(model, inputs["input_ids"], cache)[-1:]  # the state that foresees the next token
-    sentences, length, is_first = iter(sentences), 0, True
-
-    def units_of(text: str) -> torch.LongTensor:
-        nonlocal ahead, length, is_first
-        ids = processor.tokenizer(text if is_first else f" {text}", add_special_tokens=False, verbose=False)
-        states = torch.cat([ahead, _states(model, torch.tensor([ids["input_ids"]]), cache)])
-        ahead, length, is_first = states[-1:], length + len(ids["input_ids"]), False
-        return stream.push(states[:-1])
-
+    answer, sentences = _Answer(model, processor), iter(sentences)
     for start in (0, *sorted(lengths)):
         texts = []
-        while length < start:  # in passes of about a chunk
+        while answer.length < start:  # in passes of about a chunk
             texts.append(next(sentences))
             words = sum(len(text.split()) for text in texts)
-            if words >= min(CHUNK_SIZE, start - length) // 2:
-                units_of(" ".join(texts))
+            if words >= min(CHUNK_SIZE, start - answer.length) // 2:
+                answer.say(" ".join(texts))
                 texts = []
-        sounds = []
-        while sum(map(len, sounds)) < seconds * rate:
-            texts.append(next(sentences))
-            sounds.append(_synthesize(model, units_of(texts[-1])))
-        yield Piece(length, texts, sounds, rate)
+        texts, sounds = _hear(model, sentences, seconds, answer.say)
+        yield Piece(answer.length, texts, sounds, model.config.vocoder_config.sampling_rate)
+
+
+@torch.no_grad()
+def say_alone(model: PreTrainedModel, processor: TTTOmniProcessor, sentences: Iterable[str], seconds: float) -> Piece:
+    """Sentences that are answers of their own, so many `seconds` of them."""
+    texts, sounds = _hear(model, iter(sentences), seconds, lambda text: _Answer(model, processor).say(text))
+    return Piece(0, texts, sounds, model.config.vocoder_config.sampling_rate)
+
+
+class _Answer:
+    """One that grows, of the words given."""
+
+    def __init__(self, model: PreTrainedModel, processor: TTTOmniProcessor):
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": QUESTION}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        self.model, self.tokenizer, self.length = model, processor.tokenizer, 0
+        self.cache, self.stream = DynamicCache(config=model.config), UnitStream(model.speech_decoder)
+        self.ahead = _states(model, inputs["input_ids"], self.cache)[-1:]  # the state that foresees the next token
+
+    def say(self, text: str) -> torch.LongTensor:
+        """The units `[U]` of the next words."""
+        text = f" {text}" if self.length else text
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        states = torch.cat([self.ahead, _states(self.model, torch.tensor([ids]), self.cache)])
+        self.ahead, self.length = states[-1:], self.length + len(ids)
+        return self.stream.push(states[:-1])
+
+
+def _hear(
+    model: PreTrainedModel, sentences: Iterator[str], seconds: float, say: Callable[[str], torch.LongTensor]
+) -> tuple[list[str], list[np.ndarray]]:
+    """The next sentences, and how they sound, until they have so many seconds."""
+    texts, sounds = [], []
+    while sum(map(len, sounds)) < seconds * model.config.vocoder_config.sampling_rate:
+        texts.append(next(sentences))
+        sounds.append(_synthesize(model, say(texts[-1])))
+    return texts, sounds
 
 
 def _states(model: PreTrainedModel, input_ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
@@ -124,8 +145,8 @@ def evaluate_speech(
     embed: Callable[[np.ndarray, int], np.ndarray] | None = None,
 ) -> list[dict[str, Any]]:
     """
-    Judges an answer that goes on and on, at its beginning, which is the baseline, and at ever greater lengths; until
-    its quality is less than 90 % of the baseline's.
+    Judges an answer that goes on and on, at its beginning and at ever greater lengths; until its quality is less than
+    90 % of the baseline's, which are the sentences of the beginning, each said as an answer of its own.
 
     Every sentence is recognised on its own, as recognisers made for half a minute fail on longer sound in ways of
     their own, and compared with what was to be said.
@@ -139,11 +160,11 @@ def evaluate_speech(
         embed: from samples and their rate to a unit vector that tells speakers apart, see [`voice_encoder`].
 
     Returns:
-        A row per piece: `length` in tokens, `minutes` of what is heard, `wer`, `similarity` of the voice to the first
-        piece's (of this, between its halves), `loudness` (root mean square), `silence` (share of the time),
-        `repetition` (share of four words in a row that were heard before in the piece, less that of the text), and
-        `fell`, the names of what is less than 90 % of the baseline: `"words"` (right ones) or `"voice"`. The last row
-        is the first one with any.
+        A row per piece: `length` in tokens, 0 of the baseline, `minutes` of what is heard, `wer`, `similarity` of the
+        voice to the baseline's (of this, between its halves), `loudness` (root mean square), `silence` (share of the
+        time), `repetition` (share of four words in a row that were heard before in the piece, less that of the text),
+        and `fell`, the names of what is less than 90 % of the baseline: `"words"` (right ones) or `"voice"`. The last
+        row is the first one with any.
 
     Raises:
         ValueError, OSError: a text or lengths that will not do, or a model that does not speak.
@@ -164,8 +185,9 @@ def evaluate_speech(
         raise ValueError(f"{text} has no words.")
     within = [length for length in sorted(lengths) if length <= limit]
     rows, first = [], None
-    pieces = say_on(model, processor, itertools.cycle(sentences), within, seconds)
-    for piece in tqdm(pieces, total=1 + len(within), desc="Speech", unit=" pieces"):
+    alone = say_alone(model, processor, itertools.cycle(sentences), seconds)
+    pieces = itertools.chain([alone], say_on(model, processor, itertools.cycle(sentences), within, seconds))
+    for piece in tqdm(pieces, total=2 + len(within), desc="Speech", unit=" pieces"):
         first = first or piece
         heard = [recognize(samples, piece.rate) for samples in piece.sounds]
         rows.append(_row(piece, first, [(normalize(a), normalize(b)) for a, b in zip(piece.texts, heard)], embed))

@@ -20,7 +20,7 @@ from transformers import (
 
 from ttt_omni.commands.cli import main
 from ttt_omni.evaluation import run, speech
-from ttt_omni.evaluation.speech import evaluate_speech, recognizer, repetition, say_on
+from ttt_omni.evaluation.speech import evaluate_speech, recognizer, repetition, say_alone, say_on
 
 
 SENTENCES = ["It rained all day.", "Nobody went out!", "The cat slept on the chair, and the soup was cold.", "Was it?"]
@@ -67,6 +67,15 @@ def test_what_is_not_heard_was_said_all_the_same(loaded, quick):
         assert torch.equal(found, units)
 
 
+def test_sentences_alone_are_answers_of_their_own(loaded, quick):
+    piece = say_alone(*loaded, SENTENCES, 0.35)
+    alone, quick[:] = list(quick), []
+    assert piece.length == 0 and piece.texts == SENTENCES and len(piece.sounds) == 4
+    for text, units in zip(SENTENCES, alone):
+        next(say_on(*loaded, [text], [], 0.05))
+        assert torch.equal(quick.pop(), units)
+
+
 RATE = 16000
 
 
@@ -83,10 +92,11 @@ def judge(loaded, text, monkeypatch):
 
     def evaluate(pitches, heard, **kwargs):
         pieces = [
-            speech.Piece(number + 1, SENTENCES, [tone(pitch)] * len(SENTENCES), RATE)
+            speech.Piece(number, SENTENCES, [tone(pitch)] * len(SENTENCES), RATE)
             for number, pitch in enumerate(pitches)
         ]
-        monkeypatch.setattr(speech, "say_on", lambda *args: iter(pieces))
+        monkeypatch.setattr(speech, "say_alone", lambda *args: pieces[0])
+        monkeypatch.setattr(speech, "say_on", lambda *args: iter(pieces[1:]))
         heard = itertools.chain.from_iterable(heard)
         return evaluate_speech(*loaded, text, lambda samples, rate: next(heard), [9], 1, **kwargs)
 
@@ -101,7 +111,7 @@ def pitch_of(samples, rate):
 
 def test_who_is_understood_goes_on(judge):
     rows = judge([200, 200, 210], [SENTENCES] * 3, embed=pitch_of)
-    assert [(row["length"], row["wer"], row["fell"]) for row in rows] == [(1, 0, []), (2, 0, []), (3, 0, [])]
+    assert [(row["length"], row["wer"], row["fell"]) for row in rows] == [(0, 0, []), (1, 0, []), (2, 0, [])]
     assert [row["similarity"] for row in rows] == pytest.approx([1, 1, np.cos(0.01)], abs=1e-3)
     for row in rows:
         assert row["minutes"] == pytest.approx(2 / 60)
@@ -160,7 +170,7 @@ def test_command(tiny_model_dir, text, tmp_path, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert "| length | minutes | wer |" in captured.out and "Resemblyzer" in captured.err
     result = json.loads((tmp_path / "out" / "speech.json").read_text())
-    assert len(result["rows"]) == 2 and result["rows"][1]["length"] >= 60
+    assert len(result["rows"]) == 3 and result["rows"][2]["length"] >= 60
     assert (tmp_path / "out" / "speech.png").read_bytes()[:4] == b"\x89PNG"
 
 
