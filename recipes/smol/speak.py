@@ -26,6 +26,7 @@ from ttt_omni.modeling_ttt_omni import TTTOmniSpeechDecoder
 
 
 BATCH_SIZE = 24
+IN_A_ROW = (1, 1, 2, 3)  # answers, so that a long one is not lost at its second sentence
 NOISE = 0.15  # of the hidden states, which differ a little with how a question was asked
 SIZES = {
     "num_hidden_layers": 4,
@@ -68,6 +69,12 @@ def hidden_states(model_folder: Path, records: list[dict], path: Path) -> list[t
     return states
 
 
+def joined(answers: list[tuple[str, torch.Tensor, torch.Tensor]]) -> tuple[str, torch.Tensor, torch.Tensor]:
+    """Answers, each its split, hidden states and units, as one."""
+    splits, rows, units = zip(*answers)
+    return splits[0], torch.cat(rows), torch.cat(units)
+
+
 def edit_distance(a: list[int], b: list[int]) -> int:
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
@@ -108,7 +115,9 @@ def main() -> None:
 
     def loss_of(draw: random.Random) -> torch.Tensor:
         start = draw.randint(0, max(0, len(training) - 4 * BATCH_SIZE))
-        batch = draw.sample(training[start : start + 4 * BATCH_SIZE], min(BATCH_SIZE, len(training)))
+        chosen = draw.sample(training[start : start + 4 * BATCH_SIZE], min(BATCH_SIZE, len(training)))
+        count = draw.choice(IN_A_ROW)
+        batch = [joined(chosen[place : place + count]) for place in range(0, len(chosen), count)]
         rows, labels = pad((row.float() for _, row, _ in batch)), pad((units for *_, units in batch), -100)
         rows = rows + NOISE * rows.std() * torch.randn_like(rows)
         is_answer = pad(torch.zeros(len(row), dtype=torch.long) for _, row, _ in batch)
