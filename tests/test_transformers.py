@@ -85,6 +85,7 @@ TAKEN = {
         "embed_dim, hidden_dim, kernel_size, var_pred_dropout"
     ),
     "transformers.models.whisper.modeling_whisper.WhisperEncoder.forward": "input_features",
+    "transformers.models.whisper.english_normalizer.BasicTextNormalizer": None,
     "transformers.models.whisper.english_normalizer.EnglishTextNormalizer": "english_spelling_mapping",
     "transformers.models.whisper.modeling_whisper.sinusoids": "length, channels",
     "transformers.processing_utils.AudioKwargs": None,
