@@ -10,7 +10,7 @@ from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from .configuration_ttt_omni import SLIDING_LAYER_TYPES
-from .ops_ttt_omni import TTTLinearState, TTTMLPState, TTTState
+from .ops_ttt_omni import TTTLinearState, TTTMLPState, TTTState, write_column
 
 
 # Transformers' linear-attention layers could hold TTT's tensors, but neither repeat nor select them along the batch,
@@ -250,11 +250,8 @@ class WindowRing:
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, step: WindowStep) -> None:
         """One token of each row, `[B, H, 1, D]` twice."""
-        for buffer, x in ((self.keys, keys), (self.values, values)):
-            if step.columns.shape[0] == 1:
-                buffer.index_copy_(2, step.columns, x)
-            else:
-                buffer.scatter_(2, step.columns[:, None, None, None].expand_as(x), x)
+        write_column(self.keys, step.columns, keys)
+        write_column(self.values, step.columns, values)
         if step.sink_rotation is not None:
             cos, sin = step.sink_rotation
             turned = torch.addcmul(self.sinks * cos, self.turned_sinks, sin)

@@ -554,11 +554,16 @@ def _place(rows, pending, here):
 def _write(rows, pending, slot):
     """The same of one row each, at its `slot` [B], in the memory of `pending`."""
     for x, whole in zip(rows, pending):
-        if len(x) == 1:
-            whole.index_copy_(2, slot, x)
-        else:
-            whole.scatter_(2, slot[:, None, None, None].expand_as(x), x)
+        write_column(whole, slot, x)
     return pending
+
+
+def write_column(whole: torch.Tensor, columns: torch.LongTensor, x: torch.Tensor) -> None:
+    """Writes `x` `[B, H, 1, D]` into `whole` `[B, H, L, D]` at the column of each row, or at one for all `[1]`."""
+    if len(columns) == 1:
+        whole.index_copy_(2, columns, x)
+    else:
+        whole.scatter_(2, columns[:, None, None, None].expand_as(x), x)
 
 
 def _reach(slot, scale):

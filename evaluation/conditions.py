@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     Cache,
@@ -27,6 +25,7 @@ from ..layers_ttt_omni import TTTOmniTTT
 from ..loading import find_device
 from ..modeling_ttt_omni import TTTOmniForCausalLM
 from ..training.distillation import make_parent
+from ..training.lora import base_of, load_merged
 
 
 CHUNK_SIZE = 512  # tokens of a pass
@@ -50,19 +49,10 @@ def load(
         ValueError, OSError: if there is none.
     """
     kwargs = {"dtype": dtype, "device_map": find_device(device)}
-    if not Path(model, "adapter_config.json").is_file():
-        found = AutoModelForCausalLM.from_pretrained(model, **kwargs)
-        return found.eval(), AutoTokenizer.from_pretrained(model)
-    from peft import PeftConfig, PeftModel  # an optional dependency
-
-    base = PeftConfig.from_pretrained(model).base_model_name_or_path
-    found = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), model)
-    if dtype == "auto":
-        kwargs["dtype"] = AutoConfig.from_pretrained(base).dtype
-    with TemporaryDirectory() as folder:  # merged in float32, and then rounded where a saved model is
-        found.merge_and_unload().save_pretrained(folder)
-        found = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-    return found.eval(), AutoTokenizer.from_pretrained(base)
+    if Path(model, "adapter_config.json").is_file():
+        return load_merged(model, **kwargs).eval(), AutoTokenizer.from_pretrained(base_of(model))
+    found = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+    return found.eval(), AutoTokenizer.from_pretrained(model)
 
 
 def conditions_of(model: PreTrainedModel) -> list[str]:

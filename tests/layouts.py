@@ -83,6 +83,16 @@ def with_layers(parent, layers, **speech):
     return model.double()
 
 
+def assert_same_cache(cache, expected):
+    """The same number of tokens, and the same tensors of all layers."""
+    assert cache.get_seq_length() == expected.get_seq_length()
+    for layer, other in zip(cache.layers, expected.layers):
+        tensors, others = layer.tensors(), other.tensors()
+        assert tensors.keys() == others.keys()
+        for name in tensors:
+            torch.testing.assert_close(tensors[name], others[name], rtol=1e-9, atol=1e-9)
+
+
 def text_model(layer_types, seed=0, vocab_size=50, **kwargs):
     """A random language model of so many small layers."""
     torch.manual_seed(seed)

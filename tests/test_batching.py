@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from layouts import LAYERS, random_rows
+from layouts import LAYERS, assert_same_cache, random_rows
 from transformers import DynamicCache
 
 from ttt_omni.cache_ttt_omni import BatchedCache, snapshot
@@ -18,15 +18,6 @@ def prefill(model, rows):
         caches.append(DynamicCache(config=model.config))
         model(row[None], cache=caches[-1])
     return caches
-
-
-def assert_same_cache(cache, expected):
-    assert cache.get_seq_length() == expected.get_seq_length()
-    for layer, other in zip(cache.layers, expected.layers):
-        tensors, others = layer.tensors(), other.tensors()
-        assert tensors.keys() == others.keys()
-        for name in tensors:
-            torch.testing.assert_close(tensors[name], others[name], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("layers", LAYERS)

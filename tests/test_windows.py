@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import text_model
+from layouts import assert_same_cache, text_model
 from transformers import DynamicCache
 
 from ttt_omni.cache_ttt_omni import SlidingWindowLayer, snapshot
@@ -50,15 +50,6 @@ def go_on(model, cache, ids):
 
 def assert_same(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
-
-
-def assert_same_cache(cache, expected):
-    assert cache.get_seq_length() == expected.get_seq_length()
-    for layer, other in zip(cache.layers, expected.layers):
-        tensors, others = layer.tensors(), other.tensors()
-        assert tensors.keys() == others.keys()
-        for name in tensors:
-            assert_same(tensors[name], others[name])
 
 
 @settings(max_examples=40, deadline=None)

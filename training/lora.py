@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import ModelCardData
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..files_ttt_omni import new_file, new_folder
 from ..layers_ttt_omni import TTT_MODULES_TO_SAVE
@@ -80,20 +81,39 @@ def merge_adapter(adapter: str | os.PathLike, output: str | os.PathLike) -> None
         ValueError: if it is no adapter, or one of another model.
         FileExistsError: `output` is a file, or a folder that is not empty.
     """
-    from peft import PeftConfig, PeftModel  # an optional dependency
-
-    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    config = read_config(base)
+    base = base_of(adapter)
+    read_config(base)
     with new_folder(output) as folder:
-        model = TTTOmniForCausalLM.from_pretrained(base, dtype=torch.float32)
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-        with TemporaryDirectory(dir=folder) as precise:
-            model.save_pretrained(precise)
-            del model
-            # Loading knows what stays in float32.
-            model = TTTOmniForCausalLM.from_pretrained(precise, dtype=config.dtype or torch.float32)
-            model.save_pretrained(folder)
+        load_merged(adapter, "auto").save_pretrained(folder)
         TTTOmniProcessor.from_pretrained(base).save_pretrained(folder)
+
+
+def base_of(adapter: str | os.PathLike) -> str:
+    """The folder or repository of the model that an adapter is of. Raises ValueError if it is no adapter."""
+    from peft import PeftConfig  # an optional dependency
+
+    return PeftConfig.from_pretrained(adapter).base_model_name_or_path
+
+
+def load_merged(adapter: str | os.PathLike, dtype: str | torch.dtype, **kwargs: Any) -> PreTrainedModel:
+    """
+    Any causal language model of Transformers with an adapter in it: merged in float32, and then rounded as a saved
+    model is.
+
+    Args:
+        dtype: "auto" for that of the base.
+        kwargs: further arguments of `from_pretrained`.
+    """
+    from peft import PeftModel  # an optional dependency
+
+    base = base_of(adapter)
+    found = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    if dtype == "auto":
+        dtype = AutoConfig.from_pretrained(base).dtype
+    with TemporaryDirectory() as folder:  # loading knows what stays in float32
+        found.merge_and_unload().save_pretrained(folder)
+        del found
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
 
 
 def layers_from_ttt(model: TTTOmniForCausalLM) -> range:
